@@ -1,0 +1,210 @@
+"""Codes, findings and verdicts: what a check can say.
+
+Codes are a product surface: they are stable, and ``nsa-verify explain CODE`` prints what stands here.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final, NamedTuple
+
+from msgspec import Struct
+
+from nsa_verify.core.case import Mode
+from nsa_verify.core.oracle import Region
+
+
+class Code(StrEnum):
+    """The kinds of finding, grouped by hundreds: content, memory, graph, death, behaviour."""
+
+    WRONG_VALUE = "NV101"
+    STALE = "NV102"
+    POISON = "NV103"
+    INVARIANT = "NV104"
+    GUARD_WRITTEN = "NV201"
+    FRAME_WRITTEN = "NV202"
+    INPUT_MUTATED = "NV203"
+    EXCEPTION = "NV403"
+    NOT_DETERMINISTIC = "NV501"
+    NOT_IDEMPOTENT = "NV502"
+
+
+class Explanation(NamedTuple):
+    """What ``nsa-verify explain`` prints for a code."""
+
+    title: str
+    meaning: str
+    typical_cause: str
+    remedy: str
+
+
+EXPLANATIONS: Final[dict[Code, Explanation]] = {
+    Code.WRONG_VALUE: Explanation(
+        "wrong value in the live region",
+        "A cell that this replay must define was written, with a value that the contract does not give.",
+        "An off-by-one in a column or token index, a clamp with the wrong bound, the draft tokens added twice or not at"
+        " all, source and destination strides confused, a page-size division missing or applied twice.",
+        "Compare expected and got in the window around the first difference: a constant offset points at the formula,"
+        " another row's values at the addressing.",
+    ),
+    Code.STALE: Explanation(
+        "stale value left from an earlier replay",
+        "A cell that this replay must define still holds what an earlier replay of the case put there.",
+        "Only the real batch is refreshed and not the padded rows; a tail is left when the batch shrinks; a step of the"
+        " fan-out or one field of a copy is skipped; a condition caches on something that did not change.",
+        "Write every defined row of the bucket on every replay, padded rows included, in every step.",
+    ),
+    Code.POISON: Explanation(
+        "live cell never written",
+        "A cell that this replay must define holds the poison that filled the memory before the first replay, or poison"
+        " that was copied from elsewhere.",
+        "A row, column, step or the leading 0 of a prefix sum is not written and happens to be zero in a fresh buffer;"
+        " uninitialised memory is copied from a temporary that was filled only in part.",
+        "Write the cell, or narrow the copy to what was computed.",
+    ),
+    Code.INVARIANT: Explanation(
+        "an invariant of the metadata is broken",
+        "A length is negative (consumers read it as an unsigned number of billions), a prefix sum does not start at 0,"
+        " runs backwards or does not end at the sum, a clamped length exceeds its bound, or a table cell is no slot of"
+        " the request.",
+        "No clamp at 0 on padded rows before the top-k minimum and the prefix sum; raw-batch sums next to padded"
+        " lengths; a prefix sum that restarts at a block boundary.",
+        "Clamp first, then take the minimum, then the prefix sum, over the padded batch.",
+    ),
+    Code.GUARD_WRITTEN: Explanation(
+        "write outside every buffer",
+        "A guard zone between two buffers was written.",
+        "One element too many (N + 1 sums into N), a mask that is missing on the last block, a row count taken from"
+        " another mode.",
+        "Mask the store by the buffer's own bound.",
+    ),
+    Code.FRAME_WRITTEN: Explanation(
+        "write to memory that this replay must leave alone",
+        "Rows past the defined ones, columns past the declared write extent, another bucket's or mode's buffers, or the"
+        " frozen aranges were changed.",
+        "Padding zeroed for good measure, a page table swept to its full width under a narrower declared extent, a"
+        " ragged batch treated as B*N rows.",
+        "Bound the store by the rows and columns of this replay, or declare the wider extent if it is meant.",
+    ),
+    Code.INPUT_MUTATED: Explanation(
+        "an input was changed",
+        "seq_lens, its host mirror, req_pool_indices, accept_lens or req_to_token, or memory beside them, is not what it"
+        " was before the call.",
+        "An in-place += of the draft tokens, a clamp_ on the input, a workspace that aliases an input.",
+        "Compute into a buffer of your own; the engine reads its inputs again.",
+    ),
+    Code.EXCEPTION: Explanation(
+        "the implementation raised an exception",
+        "refresh() did not return. The message and the innermost line of the implementation are shown.",
+        "torch.cat of an empty list, a shape mismatch when a request reaches past the table, an index error on an empty"
+        " batch or a zero accept length.",
+        "Handle the empty batch, zero accepts and the context wall as ordinary input.",
+    ),
+    Code.NOT_DETERMINISTIC: Explanation(
+        "not deterministic",
+        "The same case, run again from the same memory, did not give the same result.",
+        "A race between programs of a kernel, a read of uninitialised memory, a counter or cache kept between calls.",
+        "Find what the result depends on besides the inputs; the report says how many of the runs disagreed.",
+    ),
+    Code.NOT_IDEMPOTENT: Explanation(
+        "not idempotent",
+        "The first call left the right content; a second call with the same inputs did not.",
+        "The result is accumulated onto what the buffer held, or a buffer is used as input and output.",
+        "Compute every output from the inputs alone.",
+    ),
+}
+
+SEVERITY: Final = (
+    Code.NOT_DETERMINISTIC,
+    Code.NOT_IDEMPOTENT,
+    Code.EXCEPTION,
+    Code.INPUT_MUTATED,
+    Code.GUARD_WRITTEN,
+    Code.FRAME_WRITTEN,
+    Code.INVARIANT,
+    Code.POISON,
+    Code.STALE,
+    Code.WRONG_VALUE,
+)
+"""The order in which the findings of one verdict are listed; the first names the bug."""
+
+
+class Cell(Struct, frozen=True):
+    """One cell of the window around a difference."""
+
+    element: tuple[int, ...]
+    region: str
+    expected: int
+    got: int
+    differs: bool = False
+
+
+class Finding(Struct, frozen=True, kw_only=True):
+    """One thing that is wrong: what, where, expected and got.
+
+    ``element`` is ``(i,)`` in a 1-D buffer and ``(row, column)`` in a table; in a guard zone it counts from the start
+    of the zone. ``count`` is the number of cells of this buffer with this code. ``before`` is what the cell held when
+    the replay began. ``window`` shows the neighbourhood.
+    """
+
+    implementation: str
+    executor: str
+    code: Code
+    replay: int
+    mode: Mode
+    step: int | None = None
+    buffer: str | None = None
+    element: tuple[int, ...] = ()
+    region: str | None = None
+    expected: int | None = None
+    got: int | None = None
+    before: int | None = None
+    count: int = 1
+    message: str = ""
+    window: tuple[Cell, ...] = ()
+
+    @property
+    def signature(self) -> Signature:
+        """What makes two findings the same bug to the search."""
+        return Signature(self.implementation, self.executor, self.code)
+
+
+class Signature(NamedTuple):
+    """The search keeps one minimal case per signature."""
+
+    implementation: str
+    executor: str
+    code: Code
+
+    def __str__(self) -> str:
+        return f"{self.implementation} [{self.executor}] {self.code}"
+
+
+class Outcome(StrEnum):
+    """Three-valued; a check that crashed is ``UNKNOWN``, and unknown is red."""
+
+    AGREE = "agree"
+    DISAGREE = "disagree"
+    UNKNOWN = "unknown"
+    NOT_APPLICABLE = "not applicable"
+
+
+class Verdict(Struct, frozen=True, kw_only=True):
+    """What one case says of one implementation under one executor.
+
+    ``findings`` are those of the first replay that disagrees, gravest first; later replays start from memory that is
+    already wrong and are not judged. ``modes`` are those of the replays that were run; replays that the implementation
+    does not declare are left out. ``reason`` says why it is unknown or not applicable.
+    """
+
+    implementation: str
+    executor: str
+    outcome: Outcome
+    modes: tuple[Mode, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    reason: str = ""
+
+    @property
+    def primary(self) -> Finding | None:
+        """The gravest finding: it names the bug."""
+        return self.findings[0] if self.findings else None

@@ -1,0 +1,105 @@
+"""Where implementations come from: the built-in ones, files and modules given by the user, entry points.
+
+Nothing about the built-in ones is special: they register with the same decorator.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Final
+
+from nsa_verify.core.implementation import Implementation, registered
+
+ENTRY_POINT_GROUP: Final = "nsa_verify.implementations"
+
+
+class ImplementationError(Exception):
+    """An implementation cannot be had; the message is one sentence that names it and the remedy."""
+
+
+def load(references: Iterable[str] = ()) -> dict[str, Implementation]:
+    """Every implementation of this process by name: built in, from entry points, and from ``references``.
+
+    A reference is the path of a Python file, or ``module`` or ``module:name``. Raises ``ImplementationError`` for a
+    reference that is missing, raises on import, or registers nothing.
+    """
+    load_builtin()
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        _import(f"entry point {entry.name!r}", entry.load)
+    for reference in references:
+        load_reference(reference)
+    return registered()
+
+
+def load_builtin() -> None:
+    """Import the modules of ``nsa_verify.kernels``, which register themselves."""
+    kernels = importlib.import_module("nsa_verify.kernels")
+    for module in kernels.BUILTIN_MODULES:
+        importlib.import_module(module)
+
+
+def load_reference(reference: str) -> tuple[str, ...]:
+    """Import what ``--impl`` names and return the names of the implementations it registered."""
+    before = registered()
+    module, _, name = reference.partition(":")
+    if module.endswith(".py") or "/" in reference or Path(reference).is_file():
+        origin = _import_file(reference)
+    else:
+        origin = module
+        if _import(reference, lambda: importlib.util.find_spec(module)) is None:
+            raise ImplementationError(f"--impl {reference}: there is no module {module!r}; give a file or an importable module")
+        loaded = _import(reference, lambda: importlib.import_module(module))
+        origin = str(getattr(loaded, "__file__", module))
+    new = tuple(found for found in registered() if found not in before)
+    known = new or tuple(it.name for it in registered().values() if it.source.rpartition(":")[0] == origin)
+    if not known:
+        raise ImplementationError(
+            f"--impl {reference}: registers no implementation; decorate its refresh function with"
+            ' @nsa_verify.implementation("name")'
+        )
+    if name and name not in known and not hasattr(sys.modules.get(module), name):
+        raise ImplementationError(f"--impl {reference}: {module} registers {', '.join(known)}, not {name!r}")
+    return known
+
+
+def _import_file(reference: str) -> str:
+    path = Path(reference)
+    if not path.is_file():
+        raise ImplementationError(f"--impl {reference}: there is no such file")
+    path = path.resolve()
+    name = f"nsa_verify_impl_{path.stem}_{abs(hash(str(path))):x}"
+    if name in sys.modules:
+        return str(path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImplementationError(f"--impl {reference}: not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    loader = spec.loader
+    try:
+        _import(reference, lambda: loader.exec_module(module))
+    except ImplementationError:
+        del sys.modules[name]
+        raise
+    return str(path)
+
+
+def _import(reference: str, load_it: object) -> object:
+    """Call ``load_it``; whatever it raises becomes one sentence with the innermost line."""
+    try:
+        return load_it()  # type: ignore[operator]
+    except ImplementationError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        lines = str(error).splitlines() or [""]
+        raise ImplementationError(
+            f"--impl {reference}: importing it raised {type(error).__name__}: {lines[0]} ({where}); mend that line"
+        ) from error

@@ -1,0 +1,175 @@
+"""What exactly is wrong in a snapshot that the comparison rejected: every wrong cell gets a code and a place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nsa_verify.core.case import Case
+from nsa_verify.core.findings import Cell, Code, Finding
+from nsa_verify.core.invariants import LENGTHS, PREFIX_SUMS, violations
+from nsa_verify.core.oracle import Region, expect
+from nsa_verify.device.images import FRAME, LIVE, SLACK
+from nsa_verify.device.layout import ArenaLayout, Zone, is_poison
+
+WINDOW = 4
+"""Cells shown on either side of the first difference."""
+
+_REGIONS = {FRAME: Region.FRAME, LIVE: Region.LIVE, SLACK: Region.SLACK}
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One call of an implementation, downloaded: flat arenas ``[size]`` on the CPU."""
+
+    case: Case
+    replay: int
+    layout: ArenaLayout
+    wanted: Tensor
+    classes: Tensor
+    before: Tensor
+    after: Tensor
+    pool_mutated: bool
+    host_mutated: bool
+
+
+@dataclass(slots=True)
+class _Wrong:
+    """The wrong cells of one zone that share a code."""
+
+    zone: Zone
+    code: Code
+    first: int
+    count: int = 1
+
+
+def diagnose(snapshot: Snapshot, implementation: str, executor: str) -> list[Finding]:
+    """One finding per (buffer, code), in the order of the arena. Never empty."""
+    case, replay = snapshot.case, snapshot.replay
+    common = {"implementation": implementation, "executor": executor, "replay": replay, "mode": case.replays[replay].mode}
+    found = [_finding(snapshot, wrong, common) for wrong in _group(snapshot)]
+    if snapshot.pool_mutated:
+        message = "req_to_token was changed"
+        found.append(Finding(**common, code=Code.INPUT_MUTATED, buffer="req_to_token", message=message))
+    if snapshot.host_mutated:
+        message = "the host mirror seq_lens_cpu was changed"
+        found.append(Finding(**common, code=Code.INPUT_MUTATED, buffer="seq_lens_cpu", message=message))
+    if not found:
+        raise RuntimeError("the comparison rejected the snapshot, but no wrong cell was found in it")
+    return found
+
+
+def _group(snapshot: Snapshot) -> list[_Wrong]:
+    after, before, wanted, classes = snapshot.after, snapshot.before, snapshot.wanted, snapshot.classes
+    allowed = ((after == wanted) & (classes != FRAME)) | ((after == before) & (classes != LIVE))
+    groups: dict[tuple[int, Code], _Wrong] = {}
+    for index in (~allowed).nonzero().flatten().tolist():
+        zone = snapshot.layout.zone_at(index)
+        code = _code(snapshot, zone, index)
+        group = groups.get((zone.start, code))
+        if group is None:
+            groups[zone.start, code] = _Wrong(zone, code, index)
+        else:
+            group.count += 1
+    _name_broken_invariants(snapshot, groups)
+    return list(groups.values())
+
+
+def _code(snapshot: Snapshot, zone: Zone, index: int) -> Code:
+    if zone.kind == "guard":
+        return Code.GUARD_WRITTEN
+    if zone.kind == "input":
+        return Code.INPUT_MUTATED
+    region = int(snapshot.classes[index])
+    if region == FRAME:
+        return Code.FRAME_WRITTEN
+    got = int(snapshot.after[index])
+    if is_poison(got):
+        return Code.POISON
+    return Code.STALE if region == LIVE and got == int(snapshot.before[index]) else Code.WRONG_VALUE
+
+
+def _name_broken_invariants(snapshot: Snapshot, groups: dict[tuple[int, Code], _Wrong]) -> None:
+    """A wrong value in a buffer that breaks an invariant of lengths or prefix sums is that, and not just wrong."""
+    replay = snapshot.case.replays[snapshot.replay]
+    bucket = snapshot.case.bucket(snapshot.replay)
+    for step in range(snapshot.case.setup.num_steps):
+        for broken in violations(snapshot.case, snapshot.replay, _content(snapshot, step)):
+            if broken.buffer not in (*LENGTHS, *PREFIX_SUMS):
+                continue
+            place = snapshot.layout.places[step, replay.mode, bucket, broken.buffer]
+            zone = snapshot.layout.zone_at(place.offset)
+            group = groups.pop((zone.start, Code.WRONG_VALUE), None)
+            if group is not None:
+                group.code = Code.INVARIANT
+                groups[zone.start, Code.INVARIANT] = group
+
+
+def _content(snapshot: Snapshot, step: int) -> dict[str, list[list[int]]]:
+    """The defined rows of a step as the implementation left them, cut to their live prefix."""
+    replay, bucket = snapshot.case.replays[snapshot.replay], snapshot.case.bucket(snapshot.replay)
+    content = {}
+    for name, rows in expect(snapshot.case, snapshot.replay).buffers.items():
+        place = snapshot.layout.places[step, replay.mode, bucket, name]
+        starts = [place.offset + index * place.stride for index in range(len(rows))]
+        content[name] = [snapshot.after[start : start + row.live].tolist() for start, row in zip(starts, rows, strict=True)]
+    return content
+
+
+def _finding(snapshot: Snapshot, wrong: _Wrong, common: dict[str, object]) -> Finding:
+    index, zone = wrong.first, wrong.zone
+    region = int(snapshot.classes[index])
+    expected = int(snapshot.before[index]) if region == FRAME else int(snapshot.wanted[index])
+    got = int(snapshot.after[index])
+    element = _element(zone, index)
+    where = f"{zone.name}[{', '.join(map(str, element))}]"
+    if zone.kind == "guard":
+        where = f"the guard zone behind {zone.name}, element {element[0]}"
+    elif zone.mode is not None and (zone.mode, zone.bucket) != _own(snapshot):
+        where += f" of the buffers of ({zone.mode}, bucket {zone.bucket})"
+    return Finding(
+        **common,  # type: ignore[arg-type]
+        code=wrong.code,
+        step=zone.step,
+        buffer=zone.name,
+        element=element,
+        region=zone.kind if zone.kind != "buffer" else _REGIONS[region],
+        expected=expected,
+        got=got,
+        before=int(snapshot.before[index]),
+        count=wrong.count,
+        message=f"{where}: expected {_show(expected)}, got {_show(got)}",
+        window=tuple(_window(snapshot, zone, index)),
+    )
+
+
+def _own(snapshot: Snapshot) -> tuple[object, object]:
+    return snapshot.case.replays[snapshot.replay].mode, snapshot.case.bucket(snapshot.replay)
+
+
+def _show(value: int) -> str:
+    return "poison" if is_poison(value) else str(value)
+
+
+def _element(zone: Zone, index: int) -> tuple[int, ...]:
+    """Row and column in tables and other 2-D buffers, otherwise the position in the zone."""
+    at = index - zone.start
+    two_dimensional = zone.stride and zone.end - zone.start > zone.columns
+    return divmod(at, zone.stride) if two_dimensional else (at,)
+
+
+def _window(snapshot: Snapshot, zone: Zone, index: int) -> Iterator[Cell]:
+    """The cells around ``index`` in its zone, and for tables in its row."""
+    low, high = zone.start, zone.end
+    if zone.kind == "buffer" and zone.stride:
+        low = index - (index - zone.start) % zone.stride
+        high = min(zone.end, low + zone.stride)
+    for at in range(max(low, index - WINDOW), min(high, index + WINDOW + 1)):
+        region, got = int(snapshot.classes[at]), int(snapshot.after[at])
+        before, wanted = int(snapshot.before[at]), int(snapshot.wanted[at])
+        allowed = (region != FRAME and got == wanted) or (region != LIVE and got == before)
+        expected = before if region == FRAME else wanted
+        name = zone.kind if zone.kind != "buffer" else _REGIONS[region].value
+        yield Cell(_element(zone, at), name, expected, got, not allowed)

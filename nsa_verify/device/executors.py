@@ -1,0 +1,99 @@
+"""How an implementation is driven. An executor opens a session per case; the session serves its replays in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nsa_verify.core.case import Mode
+from nsa_verify.core.implementation import Implementation
+from nsa_verify.device.layout import POISON_LOW
+from nsa_verify.device.rig import Rig
+
+TEMPORARY_POISON = POISON_LOW + 1234
+"""What uninitialised integer memory of an implementation's own temporaries holds."""
+
+
+class Session(Protocol):
+    """One implementation over one rig."""
+
+    def replay(self, mode: Mode, bucket: int) -> None:
+        """Refresh the metadata of ``(mode, bucket)`` from the inputs that are in place."""
+
+    def close(self) -> None:
+        """Give back what the session holds. Must be called; may be called once."""
+
+
+class Executor(Protocol):
+    """A way to drive implementations: a name, and sessions."""
+
+    name: str
+
+    def open(self, rig: Rig, implementation: Implementation) -> Session:
+        """Start a session; nothing is run before ``Session.replay``."""
+
+
+class EagerSession:
+    """Calls ``refresh`` directly, with its uninitialised temporaries poisoned."""
+
+    def __init__(self, rig: Rig, implementation: Implementation) -> None:
+        self._rig, self._implementation = rig, implementation
+        self._writes = implementation.writes(rig.setup)
+
+    def replay(self, mode: Mode, bucket: int) -> None:
+        """Call ``refresh`` once."""
+        inputs = self._rig.inputs(mode, bucket)
+        steps = self._rig.steps(mode, bucket, self._writes)
+        with PoisonTemporaries():
+            self._implementation.refresh(inputs, steps, self._rig.setup)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Eager:
+    """``eager``: values, memory discipline and idempotence, on any device."""
+
+    name = "eager"
+
+    def open(self, rig: Rig, implementation: Implementation) -> EagerSession:
+        """Start a session."""
+        return EagerSession(rig, implementation)
+
+
+EXECUTORS: dict[str, Executor] = {"eager": Eager()}
+
+_aten = torch.ops.aten
+_UNINITIALISED = frozenset({_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default,
+                            _aten.new_empty_strided.default, _aten.empty_like.default})  # fmt: skip
+
+
+class PoisonTemporaries(TorchDispatchMode):
+    """Fills what ``torch.empty`` and its kin return, so that copying it out is seen, and seen every time."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+        result = func(*args, **(kwargs or {}))
+        if func in _UNINITIALISED and result.numel():
+            _poison(result)
+        return result
+
+
+def _poison(tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point():
+        tensor.fill_(float("nan"))
+    elif tensor.dtype in (torch.int32, torch.int64):
+        tensor.fill_(TEMPORARY_POISON)
+
+
+@contextmanager
+def session(executor: Executor, rig: Rig, implementation: Implementation) -> Iterator[Session]:
+    """A session that is closed however the block ends."""
+    opened = executor.open(rig, implementation)
+    try:
+        yield opened
+    finally:
+        opened.close()

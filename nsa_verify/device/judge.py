@@ -1,0 +1,213 @@
+"""The judgement of one case under one implementation and executor.
+
+All replays run, a snapshot of the arena is kept after each, and then the snapshots are compared with the oracle's
+images in one comparison and one synchronisation. Only a case that disagrees is looked at byte by byte.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from nsa_verify.core.case import Case
+from nsa_verify.core.findings import SEVERITY, Code, Finding, Outcome, Verdict
+from nsa_verify.core.implementation import Implementation, registered
+from nsa_verify.core.invariants import content_of, violations
+from nsa_verify.core.oracle import expect
+from nsa_verify.device.diagnosis import Snapshot, diagnose
+from nsa_verify.device.executors import EXECUTORS, Executor, session
+from nsa_verify.device.images import FRAME, LIVE, ImageKey, paint
+from nsa_verify.device.rig import rig_for
+from nsa_verify.device.select import resolve
+
+RERUNS = 2
+"""How often a case that disagrees is run again to see whether it does so every time."""
+
+
+def verify(case: Case, implementation: Implementation | str, executor: str = "eager", device: str = "auto") -> Verdict:
+    """Run ``case`` and judge it; see ``nsa_verify.verify``."""
+    chosen = resolve(device)
+    if isinstance(implementation, str):
+        if implementation not in registered():
+            from nsa_verify.core.registry import load
+
+            load()
+        implementation = registered()[implementation]
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor {executor!r}: must be one of {', '.join(EXECUTORS)}")
+    return Judge(case, chosen).judge(implementation, EXECUTORS[executor])
+
+
+@dataclass(slots=True)
+class _Run:
+    """What running the replays left. ``served`` are the replays that were run, in order; after the last of them comes
+    one repeated call. ``snapshots`` holds the arena before the first and after every call."""
+
+    served: list[int]
+    snapshots: list[Tensor]
+    pool_mutated: list[Tensor] = field(default_factory=list)
+    host_mutated: list[bool] = field(default_factory=list)
+    raised: BaseException | None = None
+
+
+class Judge:
+    """One case, ready to be run: its images are computed once and shared by the implementations."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case, self.rig = case, rig_for(case.setup, device)
+        self._images: dict[ImageKey, tuple[Tensor, Tensor]] = {}
+        self._oracle_fault = self._check_oracle()
+
+    def judge(self, implementation: Implementation, executor: Executor) -> Verdict:
+        """The verdict. A fault of the checker itself is ``unknown``, never ``agree``."""
+        setup = self.case.setup
+        reasons = [implementation.not_applicable(setup, replay.mode) for replay in self.case.replays]
+        served = [index for index, reason in enumerate(reasons) if reason is None]
+        named = {"implementation": implementation.name, "executor": executor.name}
+        if not served:
+            return Verdict(**named, outcome=Outcome.NOT_APPLICABLE, reason=str(reasons[0]))
+        if self._oracle_fault:
+            return Verdict(**named, outcome=Outcome.UNKNOWN, reason=self._oracle_fault)
+        modes = tuple(dict.fromkeys(self.case.replays[index].mode for index in served))
+        try:
+            findings = self._findings(implementation, executor, served)
+        except Exception as error:
+            return Verdict(**named, outcome=Outcome.UNKNOWN, modes=modes, reason=_fault(error))
+        outcome = Outcome.DISAGREE if findings else Outcome.AGREE
+        return Verdict(**named, outcome=outcome, modes=modes, findings=tuple(findings))
+
+    def _check_oracle(self) -> str:
+        for replay in range(len(self.case.replays)):
+            for broken in violations(self.case, replay, content_of(expect(self.case, replay))):
+                return f"the oracle breaks its own invariant: {broken.buffer}: {broken.sentence}"
+        return ""
+
+    def _findings(self, implementation: Implementation, executor: Executor, served: list[int]) -> list[Finding]:
+        run = self._run(implementation, executor, served)
+        failing, wrong = self._compare(implementation, run)
+        if failing is None and run.raised is None:
+            return []
+        findings = self._describe(implementation, executor, run, failing)
+        for rerun in range(1, RERUNS + 1):
+            again = self._run(implementation, executor, served)
+            failing_again, wrong_again = self._compare(implementation, again)
+            if failing_again != failing or wrong_again != wrong or type(again.raised) is not type(run.raised):
+                seen = "agreed" if failing_again is None and again.raised is None else "disagreed elsewhere"
+                first = findings[0]
+                message = f"run 1: {first.code} {first.message}; run {rerun + 1} {seen}"
+                unstable = {"code": Code.NOT_DETERMINISTIC, "message": message}
+                return [_replace(first, **unstable), *findings]
+        return findings
+
+    def _run(self, implementation: Implementation, executor: Executor, served: list[int]) -> _Run:
+        rig, case = self.rig, self.case
+        rig.reset()
+        rig.pool.restore()
+        run = _Run(served=[], snapshots=[rig.arena.clone()])
+        values, _ = self._image(implementation)
+        calls = [*served, served[-1]]
+        with session(executor, rig, implementation) as opened:
+            for number, replay in enumerate(calls):
+                if number < len(served):
+                    rig.load(case, replay, values[replay])
+                try:
+                    opened.replay(case.replays[replay].mode, case.bucket(replay))
+                except (Exception, SystemExit) as error:
+                    run.raised = error
+                run.served.append(replay)
+                run.snapshots.append(rig.arena.clone())
+                run.pool_mutated.append(rig.pool.mutated())
+                mirror = rig.host_image(case, replay)
+                run.host_mutated.append(case.setup.host_lengths and not torch.equal(rig.host_seq_lens, mirror))
+                if run.raised is not None:
+                    break
+        return run
+
+    def _image(self, implementation: Implementation) -> tuple[Tensor, Tensor]:
+        key = ImageKey.of(implementation, self.case.setup)
+        found = self._images.get(key)
+        if found is None:
+            values, classes = paint(self.case, key)
+            shape = (len(self.case.replays), self.rig.layout.size)
+            found = self._images[key] = (
+                torch.frombuffer(values, dtype=torch.int32).view(shape).to(self.rig.device),
+                torch.frombuffer(classes, dtype=torch.uint8).view(shape).to(self.rig.device),
+            )
+        return found
+
+    def _compare(self, implementation: Implementation, run: _Run) -> tuple[int | None, object]:
+        """The first call that left something wrong, and a value that is equal when the same cells are wrong."""
+        values, classes = self._image(implementation)
+        wanted, region = values[run.served], classes[run.served]
+        snapshots = torch.stack(run.snapshots)
+        before, after = snapshots[:-1], snapshots[1:]
+        allowed = ((after == wanted) & (region != FRAME)) | ((after == before) & (region != LIVE))
+        bad = ~allowed
+        # One number per call identifies the set of wrong cells: reruns are compared without downloading them.
+        weights = torch.arange(1, bad.shape[1] + 1, dtype=torch.int64, device=bad.device)
+        marks = torch.stack([(bad * weights).sum(dim=1), torch.stack(run.pool_mutated).to(torch.int64)]).tolist()
+        raised_at = len(run.served) - 1 if run.raised is not None else None
+        for call, mark in enumerate(zip(*marks, strict=True)):
+            if call != raised_at and (any(mark) or run.host_mutated[call]):
+                return call, (call, mark, run.host_mutated[call])
+        return None, None
+
+    def _describe(
+        self, implementation: Implementation, executor: Executor, run: _Run, failing: int | None
+    ) -> list[Finding]:
+        if failing is None:
+            replay = run.served[-1]
+            return [self._exception(implementation, executor, run, replay)]
+        replay = run.served[failing]
+        values, classes = self._image(implementation)
+        snapshot = Snapshot(
+            case=self.case,
+            replay=replay,
+            layout=self.rig.layout,
+            wanted=values[replay].cpu(),
+            classes=classes[replay].cpu(),
+            before=run.snapshots[failing].cpu(),
+            after=run.snapshots[failing + 1].cpu(),
+            pool_mutated=bool(run.pool_mutated[failing]),
+            host_mutated=run.host_mutated[failing],
+        )
+        findings = diagnose(snapshot, implementation.name, executor.name)
+        findings.sort(key=lambda finding: SEVERITY.index(finding.code))
+        if failing == len(run.served) - 1 and failing > 0 and run.served[failing - 1] == replay:
+            first = findings[0]
+            message = f"the first call was right; after a second with the same inputs: {first.message}"
+            findings.insert(0, _replace(first, code=Code.NOT_IDEMPOTENT, message=message))
+        return findings
+
+    def _exception(self, implementation: Implementation, executor: Executor, run: _Run, replay: int) -> Finding:
+        error = run.raised
+        assert error is not None
+        source = implementation.source.rpartition(":")[0]
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((frame for frame in reversed(frames) if frame.filename == source), frames[-1])
+        sentence = (str(error).strip().splitlines() or ["no message"])[0]
+        where = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+        second = len(run.served) > 1 and run.served[-2] == replay
+        return Finding(
+            implementation=implementation.name,
+            executor=executor.name,
+            code=Code.NOT_IDEMPOTENT if second else Code.EXCEPTION,
+            replay=replay,
+            mode=self.case.replays[replay].mode,
+            message=f"{type(error).__name__}: {sentence} ({where})" + (", on a second call" if second else ""),
+        )
+
+
+def _replace(finding: Finding, *, code: Code, message: str) -> Finding:
+    return msgspec.structs.replace(finding, code=code, message=message)
+
+
+def _fault(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"the check itself failed: {type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+

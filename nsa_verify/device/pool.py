@@ -1,0 +1,70 @@
+"""``req_to_token`` on the device: the slot formula in tensor arithmetic, in memory with guards and poisoned gaps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsa_verify.core.case import SLOT_MODULUS, Replay, Setup, SlotKind
+from nsa_verify.device.layout import GUARD, POISON_LOW
+
+GAP = POISON_LOW + 77
+"""What the gaps between rows and the guards hold."""
+
+
+def slot_table(setup: Setup, replay: Replay, device: str) -> Tensor:
+    """``[pool_rows, pool_width]`` int64 on ``device``: the formula of ``nsa_verify.core.case.slot``."""
+    row = torch.arange(setup.pool_rows, dtype=torch.int64, device=device).unsqueeze(1)
+    column = torch.arange(setup.pool_width, dtype=torch.int64, device=device).unsqueeze(0)
+    seed = replay.pool_seed
+    if replay.slots is SlotKind.SEQUENTIAL:
+        return (row * setup.pool_width + column + 1000 * (seed + 1)) % SLOT_MODULUS
+    if replay.slots is SlotKind.SCATTERED:
+        return _mix(row, column, seed) % SLOT_MODULUS
+    page = _mix(row, column // setup.page_size, seed) % (SLOT_MODULUS // setup.page_size)
+    return page * setup.page_size + column % setup.page_size
+
+
+def _mix(row: Tensor, column: Tensor, seed: int) -> Tensor:
+    return row * 1_103_515_245 + column * 1_597_334_677 + seed * 747_796_405
+
+
+class Pool:
+    """The memory of ``req_to_token`` under one setup. ``table`` is what implementations get."""
+
+    def __init__(self, setup: Setup, device: str) -> None:
+        self.setup, self.device = setup, device
+        length = GUARD + setup.pool_rows * setup.pool_row_stride + GUARD
+        self._memory = torch.full((length,), GAP, dtype=torch.int32, device=device)
+        self._image = self._memory.clone()
+        self.table = self._view(self._memory)
+        self._content: tuple[SlotKind, int] | None = None
+
+    def fill(self, replay: Replay) -> None:
+        """Make the table hold what ``replay`` sees; nothing is done if it does already."""
+        content = (replay.slots, replay.pool_seed)
+        if content != self._content:
+            self._view(self._image).copy_(slot_table(self.setup, replay, self.device))
+            self._memory.copy_(self._image)
+            self._content = content
+
+    def mutated(self) -> Tensor:
+        """A 0-d bool tensor on the device: whether the memory differs from what was filled in."""
+        return (self._memory != self._image).any()
+
+    def restore(self) -> None:
+        """Undo what an implementation did to the memory."""
+        self._memory.copy_(self._image)
+
+    def first_difference(self) -> tuple[int, int, int, int, int] | None:
+        """``(row, column, expected, got, count)`` of the memory's first difference; columns may lie in the gaps."""
+        wrong = (self._memory != self._image).nonzero().flatten().tolist()
+        if not wrong:
+            return None
+        at = wrong[0]
+        row, column = divmod(at - GUARD, self.setup.pool_row_stride)
+        return row, column, int(self._image[at]), int(self._memory[at]), len(wrong)
+
+    def _view(self, memory: Tensor) -> Tensor:
+        setup = self.setup
+        return memory.as_strided((setup.pool_rows, setup.pool_width), (setup.pool_row_stride, 1), GUARD)
