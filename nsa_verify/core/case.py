@@ -268,10 +268,19 @@ def row_slots(setup: Setup, replay: Replay, row: int, columns: int) -> tuple[int
 
 
 def size_of(case: Case) -> tuple[int, ...]:
-    """A measure for "smaller": fewer replays, then fewer requests, then smaller numbers."""
-    setup = case.setup
+    """A measure for "smaller": fewer replays, fewer requests, fewer special features, then smaller numbers."""
+    setup, plain = case.setup, Setup()
     requests = [request for replay in case.replays for request in replay.requests]
-    numbers = sum(request.seq_len + request.pool_row + request.accept_len for request in requests)
-    frozen = setup.num_steps + setup.num_draft_tokens + setup.page_size + sum(setup.buckets) + setup.input_tail
-    odd = setup.pool_row_stride - setup.pool_width + setup.table_row_stride - setup.table_width + setup.stride_skew
-    return (len(case.replays), len(requests), numbers + frozen, odd, setup.table_width + setup.pool_rows + setup.index_topk)
+    features = sum(getattr(setup, field) != getattr(plain, field) for field in _FEATURES)
+    features += (setup.pool_row_stride != setup.pool_width) + (setup.table_row_stride != setup.table_width)
+    features += sum((replay.slots is not SlotKind.SEQUENTIAL) + (replay.pool_seed != 0) for replay in case.replays)
+    lengths = sum(request.seq_len + request.pool_row for request in requests)
+    accepted = sum(request.accept_len for request in requests)
+    frozen = setup.num_steps + setup.num_draft_tokens + setup.page_size + sum(setup.buckets) + setup.index_topk
+    return (len(case.replays), len(requests), features, lengths, accepted + frozen, setup.table_width + setup.pool_width)
+
+
+_FEATURES: Final = (
+    *("stride_skew", "num_steps", "fill_seq_len", "num_sms", "seq_lens_dtype", "pool_index_dtype", "layout"),
+    *("aliased_seq_lens", "input_tail", "host_lengths", "ctx_lens", "schedule", "page_size"),
+)

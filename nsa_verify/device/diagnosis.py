@@ -45,11 +45,15 @@ class _Wrong:
     count: int = 1
 
 
-def diagnose(snapshot: Snapshot, implementation: str, executor: str) -> list[Finding]:
-    """One finding per (buffer, code), in the order of the arena. Never empty."""
+def diagnose(snapshot: Snapshot, implementation: str, executor: str, alone: Tensor | None) -> list[Finding]:
+    """One finding per (buffer, code), in the order of the arena. Never empty.
+
+    ``alone`` is the arena after this replay without those before it, if that could be run: a cell that holds what it
+    held before is stale only if the replay alone does not write the same wrong value there.
+    """
     case, replay = snapshot.case, snapshot.replay
     common = {"implementation": implementation, "executor": executor, "replay": replay, "mode": case.replays[replay].mode}
-    found = [_finding(snapshot, wrong, common) for wrong in _group(snapshot)]
+    found = [_finding(snapshot, wrong, common) for wrong in _group(snapshot, alone)]
     if snapshot.pool_mutated:
         message = "req_to_token was changed"
         found.append(Finding(**common, code=Code.INPUT_MUTATED, buffer="req_to_token", message=message))
@@ -61,13 +65,13 @@ def diagnose(snapshot: Snapshot, implementation: str, executor: str) -> list[Fin
     return found
 
 
-def _group(snapshot: Snapshot) -> list[_Wrong]:
+def _group(snapshot: Snapshot, alone: Tensor | None) -> list[_Wrong]:
     after, before, wanted, classes = snapshot.after, snapshot.before, snapshot.wanted, snapshot.classes
     allowed = ((after == wanted) & (classes != FRAME)) | ((after == before) & (classes != LIVE))
     groups: dict[tuple[int, Code], _Wrong] = {}
     for index in (~allowed).nonzero().flatten().tolist():
         zone = snapshot.layout.zone_at(index)
-        code = _code(snapshot, zone, index)
+        code = _code(snapshot, zone, index, alone)
         group = groups.get((zone.start, code))
         if group is None:
             groups[zone.start, code] = _Wrong(zone, code, index)
@@ -77,7 +81,7 @@ def _group(snapshot: Snapshot) -> list[_Wrong]:
     return list(groups.values())
 
 
-def _code(snapshot: Snapshot, zone: Zone, index: int) -> Code:
+def _code(snapshot: Snapshot, zone: Zone, index: int, alone: Tensor | None) -> Code:
     if zone.kind == "guard":
         return Code.GUARD_WRITTEN
     if zone.kind == "input":
@@ -88,7 +92,9 @@ def _code(snapshot: Snapshot, zone: Zone, index: int) -> Code:
     got = int(snapshot.after[index])
     if is_poison(got):
         return Code.POISON
-    return Code.STALE if region == LIVE and got == int(snapshot.before[index]) else Code.WRONG_VALUE
+    unchanged = region == LIVE and got == int(snapshot.before[index])
+    wrong_anyway = alone is not None and got == int(alone[index])
+    return Code.STALE if unchanged and not wrong_anyway else Code.WRONG_VALUE
 
 
 def _name_broken_invariants(snapshot: Snapshot, groups: dict[tuple[int, Code], _Wrong]) -> None:

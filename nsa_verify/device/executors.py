@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from nsa_verify.core.case import Mode
 from nsa_verify.core.implementation import Implementation
@@ -67,15 +67,22 @@ class Eager:
 
 EXECUTORS: dict[str, Executor] = {"eager": Eager()}
 
-_aten = torch.ops.aten
-_UNINITIALISED = frozenset({_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default,
-                            _aten.new_empty_strided.default, _aten.empty_like.default})  # fmt: skip
+_UNINITIALISED = frozenset(
+    {
+        torch.empty,
+        torch.empty_like,
+        torch.empty_strided,
+        torch.empty_permuted,
+        torch.Tensor.new_empty,
+        torch.Tensor.new_empty_strided,
+    }
+)
 
 
-class PoisonTemporaries(TorchDispatchMode):
+class PoisonTemporaries(TorchFunctionMode):
     """Fills what ``torch.empty`` and its kin return, so that copying it out is seen, and seen every time."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
         result = func(*args, **(kwargs or {}))
         if func in _UNINITIALISED and result.numel():
             _poison(result)

@@ -19,15 +19,22 @@ FRAME: Final = 0
 LIVE: Final = 1
 SLACK: Final = 2
 
+POISON_CHUNK: Final = 1 << 14
+
 JUNK_SEQ_LEN, JUNK_ACCEPT_LEN = 3, 1
 """What input elements past the bucket hold: plausible, so that using them shows as a wrong value and not as a crash."""
+
+
+@lru_cache(maxsize=8)
+def _poison_up_to(length: int) -> array[int]:
+    return array("i", map(poison, range(length)))
 
 
 @lru_cache(maxsize=8)
 def initial_image(setup: Setup) -> array[int]:
     """The arena before the first replay: poison everywhere, and the frozen aranges."""
     layout = arena_layout(setup)
-    image = array("i", (poison(index) for index in range(layout.size)))
+    image = _poison_up_to(-(-layout.size // POISON_CHUNK) * POISON_CHUNK)[: layout.size]
     for (_, _, _, name), place in layout.places.items():
         if name in FROZEN:
             image[place.offset : place.offset + place.columns] = array("i", range(place.columns))

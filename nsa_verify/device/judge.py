@@ -63,8 +63,11 @@ class Judge:
         self._images: dict[ImageKey, tuple[Tensor, Tensor]] = {}
         self._oracle_fault = self._check_oracle()
 
-    def judge(self, implementation: Implementation, executor: Executor) -> Verdict:
-        """The verdict. A fault of the checker itself is ``unknown``, never ``agree``."""
+    def judge(self, implementation: Implementation, executor: Executor, repeat: bool = True) -> Verdict:
+        """The verdict. A fault of the checker itself is ``unknown``, never ``agree``.
+
+        With ``repeat`` the last replay is served twice, and must leave the same again.
+        """
         setup = self.case.setup
         reasons = [implementation.not_applicable(setup, replay.mode) for replay in self.case.replays]
         served = [index for index, reason in enumerate(reasons) if reason is None]
@@ -75,7 +78,7 @@ class Judge:
             return Verdict(**named, outcome=Outcome.UNKNOWN, reason=self._oracle_fault)
         modes = tuple(dict.fromkeys(self.case.replays[index].mode for index in served))
         try:
-            findings = self._findings(implementation, executor, served)
+            findings = self._findings(implementation, executor, served, repeat)
         except Exception as error:
             return Verdict(**named, outcome=Outcome.UNKNOWN, modes=modes, reason=_fault(error))
         outcome = Outcome.DISAGREE if findings else Outcome.AGREE
@@ -87,14 +90,16 @@ class Judge:
                 return f"the oracle breaks its own invariant: {broken.buffer}: {broken.sentence}"
         return ""
 
-    def _findings(self, implementation: Implementation, executor: Executor, served: list[int]) -> list[Finding]:
-        run = self._run(implementation, executor, served)
+    def _findings(
+        self, implementation: Implementation, executor: Executor, served: list[int], repeat: bool
+    ) -> list[Finding]:
+        run = self._run(implementation, executor, served, repeat)
         failing, wrong = self._compare(implementation, run)
         if failing is None and run.raised is None:
             return []
         findings = self._describe(implementation, executor, run, failing)
         for rerun in range(1, RERUNS + 1):
-            again = self._run(implementation, executor, served)
+            again = self._run(implementation, executor, served, repeat)
             failing_again, wrong_again = self._compare(implementation, again)
             if failing_again != failing or wrong_again != wrong or type(again.raised) is not type(run.raised):
                 seen = "agreed" if failing_again is None and again.raised is None else "disagreed elsewhere"
@@ -104,13 +109,15 @@ class Judge:
                 return [_replace(first, **unstable), *findings]
         return findings
 
-    def _run(self, implementation: Implementation, executor: Executor, served: list[int]) -> _Run:
+    def _run(
+        self, implementation: Implementation, executor: Executor, served: list[int], repeat: bool
+    ) -> _Run:
         rig, case = self.rig, self.case
         rig.reset()
         rig.pool.restore()
         run = _Run(served=[], snapshots=[rig.arena.clone()])
         values, _ = self._image(implementation)
-        calls = [*served, served[-1]]
+        calls = [*served, *served[-1:]] if repeat else served
         with session(executor, rig, implementation) as opened:
             for number, replay in enumerate(calls):
                 if number < len(served):
@@ -176,13 +183,19 @@ class Judge:
             pool_mutated=bool(run.pool_mutated[failing]),
             host_mutated=run.host_mutated[failing],
         )
-        findings = diagnose(snapshot, implementation.name, executor.name)
+        alone = self._alone(implementation, executor, replay) if replay != run.served[0] else None
+        findings = diagnose(snapshot, implementation.name, executor.name, alone)
         findings.sort(key=lambda finding: SEVERITY.index(finding.code))
         if failing == len(run.served) - 1 and failing > 0 and run.served[failing - 1] == replay:
             first = findings[0]
             message = f"the first call was right; after a second with the same inputs: {first.message}"
             findings.insert(0, _replace(first, code=Code.NOT_IDEMPOTENT, message=message))
         return findings
+
+    def _alone(self, implementation: Implementation, executor: Executor, replay: int) -> Tensor | None:
+        """The arena after ``replay`` alone, from poison: tells what is stale from what would be wrong anyway."""
+        run = self._run(implementation, executor, [replay], repeat=False)
+        return None if run.raised is not None else run.snapshots[-1].cpu()
 
     def _exception(self, implementation: Implementation, executor: Executor, run: _Run, replay: int) -> Finding:
         error = run.raised

@@ -30,7 +30,7 @@ VERSIONS: Final = (1,)
 """The versions of the format that this program reads; it writes the last."""
 HASH_DIGITS: Final = 12
 LINE_COLUMNS: Final = 120
-"""A list or object that fits in this many columns is written on one line."""
+"""A list or object of plain values that fits in this many columns is written on one line."""
 LOCK_NAME: Final = ".lock"
 LOCK_TIMEOUT_S: Final = 30.0
 
@@ -52,7 +52,7 @@ class Kind(StrEnum):
     """What a search found and nobody has mended yet."""
 
 
-class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Provenance(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """Where a case comes from; every field is optional."""
 
     version: str = ""
@@ -97,7 +97,7 @@ class Entry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One file of the corpus. Its constructor refuses, with a ``ValueError``, a finding that is not of this case."""
 
     format: Literal["nsa-verify-case"] = FORMAT
-    version: int = VERSIONS[-1]
+    version: Literal[1] = VERSIONS[-1]
     title: str
     """One sentence that says what the case is for."""
     case: Case
@@ -116,7 +116,8 @@ class Entry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(f"finding.replay = {self.finding.replay}: the case has replays 0 to {last}")
         mode = self.case.replays[self.finding.replay].mode
         if self.finding.mode is not mode:
-            raise ValueError(f"finding.mode = {self.finding.mode.value!r}: replay {self.finding.replay} is {mode.value!r}")
+            told, where = self.finding.mode.value, self.finding.replay
+            raise ValueError(f"finding.mode = {told!r}: replay {where} is {mode.value!r}")
 
     @property
     def mode(self) -> Mode:
@@ -146,15 +147,17 @@ def _digest(case: Any) -> str:
 
 
 def dumps(entry: Entry) -> str:
-    """The entry as the text of its file: sorted keys, indented, what fits on a line on one line."""
+    """The entry as the text of its file: sorted keys, indented, each request on one line."""
     return _pretty(msgspec.to_builtins(entry), 0, 0) + "\n"
 
 
 def _pretty(value: Any, depth: int, column: int) -> str:
     """``value`` as JSON; ``depth`` is its indentation, ``column`` where it starts on its line, both in characters."""
     flat = json.dumps(value, sort_keys=True)
-    nested = isinstance(value, dict) and any(isinstance(item, (dict, list)) and item for item in value.values())
-    if not isinstance(value, (dict, list)) or not value or (not nested and column + len(flat) < LINE_COLUMNS):
+    if not isinstance(value, (dict, list, tuple)):
+        return flat
+    items = value.values() if isinstance(value, dict) else value
+    if not any(isinstance(item, (dict, list, tuple)) and item for item in items) and column + len(flat) < LINE_COLUMNS:
         return flat
     inner = depth + 2
     if isinstance(value, dict):
@@ -231,11 +234,10 @@ def _field_sentence(message: str) -> str:
     """A message of msgspec, ``what - at `$.path```, with the field in front."""
     what, _, where = message.partition(" - at `$")
     where = where.rstrip("`").lstrip(".")
-    if not where:
-        return what
     if re.match(r"[a-z_]+[\w.\[\]]* = ", what):
-        return f"field {where}.{what}"
-    return f"field {where}: {what[0].lower()}{what[1:]}"
+        return f"field {where}.{what}" if where else f"field {what}"
+    what = what[0].lower() + what[1:]
+    return f"field {where}: {what}" if where else what
 
 
 def _refuse(path: Path, what: str, remedy: str) -> NoReturn:
@@ -252,9 +254,9 @@ def scan(root_or_file: Path) -> Iterator[Path]:
     Hidden files, such as what a killed writer left, and files that do not end in ``.json`` are passed over. Raises
     ``CorpusError`` at once for a path that does not exist or a folder that cannot be listed.
     """
-    if root_or_file.is_file():
+    if os.path.isfile(root_or_file):
         return iter([root_or_file])
-    if not root_or_file.is_dir():
+    if not os.path.isdir(root_or_file):
         _refuse(root_or_file, "there is no such file or folder", "check the path")
     found = []
     for folder, _, names in os.walk(root_or_file, onerror=_unlistable):
@@ -276,13 +278,12 @@ def check_writable(root: Path) -> None:
             with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
-            _unwritable(root, error)
+            _unwritable(root, existing, error)
 
 
-def _unwritable(root: Path, error: OSError) -> NoReturn:
-    where = f" ({error.filename})" if error.filename else ""
-    sentence = f"cannot save cases here: {_reason(error)}{where}"
-    raise CorpusError(f"{root}: {sentence}; free or permit the folder, or give another with --corpus") from error
+def _unwritable(root: Path, where: Path, error: OSError) -> NoReturn:
+    sentence = f"{root}: cannot save cases here: {where}: {_reason(error)}"
+    raise CorpusError(f"{sentence}; make it writable, or give another folder with --corpus") from error
 
 
 def save(root: Path, kind: Kind, entry: Entry, slug: str) -> Path:
@@ -301,7 +302,7 @@ def save(root: Path, kind: Kind, entry: Entry, slug: str) -> Path:
             if not path.is_file() or path.read_bytes() != text:
                 _write(path, text)
     except OSError as error:
-        _unwritable(root, error)
+        _unwritable(root, path, error)
     return path
 
 
@@ -313,6 +314,8 @@ def _locked(root: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         _refuse(root, f"another process holds {LOCK_NAME} for more than {LOCK_TIMEOUT_S:.0f} s", "end that process")
+    except NotImplementedError:
+        _refuse(root, "this file system has no file locks", "give a folder on another with --corpus")
     try:
         yield
     finally:

@@ -1,1 +1,145 @@
-"""The pytest plugin."""
+"""The pytest plugin: saved cases are test items.
+
+It does nothing until a corpus is named (``--nsa-corpus``, the ini option ``nsa_corpus`` or ``NSA_VERIFY_CORPUS``), and
+imports torch only when a saved case is collected. Each file gives one item per applicable implementation, called
+``<file stem>[<implementation>]``; a damaged file gives one item that fails with the sentence that says why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from nsa_verify.core.case import Case
+    from nsa_verify.core.findings import Verdict
+    from nsa_verify.core.implementation import Implementation
+    from nsa_verify.engine.corpus import Entry
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options ``--nsa-*``; none of them does anything without a corpus."""
+    group = parser.getgroup("nsa-verify", "verification of sparse-attention metadata kernels")
+    group.addoption("--nsa-corpus", metavar="DIR", help="collect the saved cases of this folder as tests")
+    group.addoption("--nsa-impl", action="append", default=[], metavar="REF", help="run this implementation as well")
+    group.addoption("--nsa-only", action="append", default=[], metavar="NAME", help="run this implementation only")
+    group.addoption("--nsa-device", choices=["auto", "cpu", "cuda"], default=None, help="where to run saved cases")
+    parser.addini("nsa_corpus", "folder of saved cases, relative to the ini file", default="")
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """A saved case under the corpus."""
+    if file_path.suffix != ".json":
+        return None
+    corpus = _corpus(parent.config)
+    if corpus is None or not file_path.is_relative_to(corpus) or file_path.name.startswith("."):
+        return None
+    return SavedCase.from_parent(parent, path=file_path)
+
+
+def _corpus(config: pytest.Config) -> Path | None:
+    given = config.getoption("--nsa-corpus") or os.environ.get("NSA_VERIFY_CORPUS")
+    if given:
+        return Path(given).absolute()
+    named = config.getini("nsa_corpus")
+    return (config.rootpath / named).absolute() if named else None
+
+
+class SavedCase(pytest.File):
+    """One file of the corpus."""
+
+    def collect(self) -> Iterable[pytest.Item]:
+        """One item per applicable implementation, or one that says what is wrong with the file."""
+        from nsa_verify.engine.corpus import CorpusError, load
+
+        try:
+            entry = load(self.path)
+        except CorpusError as error:
+            yield DamagedCase.from_parent(self, name=self.path.stem, problem=str(error))
+            return
+        device, implementations = _implementations(self.config)
+        for it in implementations:
+            if any(it.not_applicable(entry.case.setup, replay.mode) is None for replay in entry.case.replays):
+                name = f"{self.path.stem}[{it.name}]"
+                yield CaseItem.from_parent(self, name=name, entry=entry, implementation=it, device=device)
+
+
+def _implementations(config: pytest.Config) -> tuple[str, tuple[Implementation, ...]]:
+    from nsa_verify.core.registry import ImplementationError
+    from nsa_verify.device.select import DeviceError
+    from nsa_verify.engine.worker import prepare
+
+    device = config.getoption("--nsa-device") or os.environ.get("NSA_VERIFY_DEVICE") or "auto"
+    try:
+        return prepare(device, tuple(config.getoption("--nsa-impl")), tuple(config.getoption("--nsa-only")))
+    except (ImplementationError, DeviceError) as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+class CaseFailed(Exception):
+    """A saved case that does not agree; carries the verdict."""
+
+    def __init__(self, case: Case, verdict: Verdict) -> None:
+        super().__init__(f"{verdict.implementation}: {verdict.outcome}")
+        self.case, self.verdict = case, verdict
+
+
+class CaseItem(pytest.Item):
+    """One saved case under one implementation."""
+
+    def __init__(
+        self, name: str, parent: pytest.Collector, entry: Entry, implementation: Implementation, device: str
+    ) -> None:
+        super().__init__(name, parent)
+        self._entry, self._implementation, self._device = entry, implementation, device
+
+    def runtest(self) -> None:
+        """Judge the case."""
+        from nsa_verify.core.findings import Outcome
+        from nsa_verify.engine.worker import judge_case
+
+        for verdict in judge_case(self._entry.case, (self._implementation,), ("eager",), self._device):
+            if verdict.outcome is not Outcome.AGREE:
+                raise CaseFailed(self._entry.case, verdict)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], *args: object) -> str:  # type: ignore[override]
+        """The case and the first difference, instead of a traceback through the checker."""
+        if isinstance(excinfo.value, CaseFailed):
+            return "\n".join(self._lines(excinfo.value))
+        return str(excinfo.getrepr(style="short"))
+
+    def _lines(self, failed: CaseFailed) -> Iterator[str]:
+        from nsa_verify.shell.render import case_lines, finding_lines, title
+
+        verdict, finding = failed.verdict, failed.verdict.primary
+        yield self._entry.title
+        if finding is None:
+            yield f"{verdict.outcome}: {verdict.reason}"
+            return
+        yield f"{finding.implementation} [{finding.executor}] {title(finding.code)}"
+        yield from case_lines(failed.case, finding.replay)
+        yield from finding_lines(finding)
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        """Where the item comes from."""
+        return self.path, None, self.name
+
+
+class DamagedCase(pytest.Item):
+    """A file of the corpus that cannot be read."""
+
+    def __init__(self, name: str, parent: pytest.Collector, problem: str) -> None:
+        super().__init__(name, parent)
+        self._problem = problem
+
+    def runtest(self) -> None:
+        """Fail with the sentence that says why."""
+        pytest.fail(self._problem, pytrace=False)
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        """Where the item comes from."""
+        return self.path, None, self.name

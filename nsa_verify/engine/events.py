@@ -1,0 +1,163 @@
+"""What happens in a run, as values. Reporters listen to them and can change nothing."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+from msgspec import Struct
+
+from nsa_verify.core.case import Case, Mode
+from nsa_verify.core.findings import Finding, Outcome, Signature
+
+
+class StopReason(StrEnum):
+    """Why a run ended; the value is the sentence shown."""
+
+    EXAMPLES = "all cases were drawn"
+    TIME = "the time was up"
+    INTERRUPTED = "interrupted"
+
+
+class Subject(Struct, frozen=True):
+    """An implementation as the run shows it: its name, where it comes from, its declared extent and modes."""
+
+    name: str
+    source: str
+    extent: str
+    modes: tuple[Mode, ...]
+
+
+class Cell(Struct):
+    """Counts of one (implementation, executor, mode): cases it ran in, and how they ended."""
+
+    cases: int = 0
+    disagree: int = 0
+    unknown: int = 0
+    not_applicable: int = 0
+    reasons: dict[str, int] = {}
+    """Why cases were not applicable, or could not be judged, and how often."""
+
+    def add(self, other: Cell) -> None:
+        """Count ``other`` in."""
+        self.cases += other.cases
+        self.disagree += other.disagree
+        self.unknown += other.unknown
+        self.not_applicable += other.not_applicable
+        for reason, count in other.reasons.items():
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
+
+
+CellKey = tuple[str, str, Mode]
+"""Implementation, executor, mode."""
+
+
+class Matrix(Struct):
+    """Implementation x executor x mode, filled case by case."""
+
+    cells: dict[CellKey, Cell] = {}
+
+    def cell(self, implementation: str, executor: str, mode: Mode) -> Cell:
+        """The cell, created when first asked for."""
+        return self.cells.setdefault((implementation, executor, mode), Cell())
+
+    def add(self, other: Matrix) -> None:
+        """Count ``other`` in."""
+        for key, cell in other.cells.items():
+            self.cells.setdefault(key, Cell()).add(cell)
+
+    def total(self, outcome: Outcome) -> int:
+        """How often ``outcome`` (disagree or unknown) occurred, over all cells."""
+        counts = {Outcome.DISAGREE: "disagree", Outcome.UNKNOWN: "unknown"}
+        return sum(getattr(cell, counts[outcome]) for cell in self.cells.values())
+
+
+class RunStarted(Struct, frozen=True):
+    """The run's options, the device line and the subjects; everything the run is a function of."""
+
+    seed: int
+    options: dict[str, str]
+    device: str
+    version: str
+    subjects: tuple[Subject, ...]
+    planned_cases: int
+    workers: int
+
+
+class WorkersReady(Struct, frozen=True):
+    """The workers are up; ``seconds`` is what starting them took."""
+
+    seconds: float
+
+
+class RoundFinished(Struct, frozen=True):
+    """A round of cases was judged. ``cases_done`` counts all rounds so far; ``digest`` identifies its cases."""
+
+    round: int
+    cases: int
+    cases_done: int
+    digest: str
+
+
+class DisagreementSeen(Struct, frozen=True):
+    """The first case of a signature; it is shrunk when all cases were drawn."""
+
+    signature: Signature
+    finding: Finding
+
+
+class Shrinking(Struct, frozen=True):
+    """A shrink began."""
+
+    signature: Signature
+
+
+class Reliability(Struct, frozen=True):
+    """How often the minimal case disagreed when it was run ``runs`` times more."""
+
+    disagreed: int
+    runs: int
+
+
+class Disagreement(Struct, frozen=True):
+    """A signature's minimal case and finding; ``path`` is where it was saved, ``problem`` why it could not be.
+
+    ``shrunk`` is False for a case that was kept as it was drawn.
+    """
+
+    signature: Signature
+    case: Case
+    finding: Finding
+    reliability: Reliability
+    shrunk: bool
+    probes: int
+    path: Path | None = None
+    problem: str = ""
+    note: str = ""
+    json: str = ""
+    """The corpus entry itself where it could not be saved, so that nothing is lost."""
+
+
+class CheckFailed(Struct, frozen=True):
+    """A verdict was unknown: the checker failed on a case. Red, whatever else was seen."""
+
+    implementation: str
+    executor: str
+    reason: str
+    case: Case
+
+
+class RunFinished(Struct, frozen=True):
+    """The end: the matrix, how many cases in how many seconds of drawing and judging, and why it stopped."""
+
+    matrix: Matrix
+    cases: int
+    seconds: float
+    stop: StopReason
+    signatures: tuple[Signature, ...]
+    digest: str
+
+
+Event = (
+    RunStarted | WorkersReady | RoundFinished | DisagreementSeen | Shrinking | Disagreement | CheckFailed | RunFinished
+)

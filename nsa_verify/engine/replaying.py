@@ -1,0 +1,82 @@
+"""Saved cases, run again: each is FIXED, FAILED or ERROR."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from enum import StrEnum
+from pathlib import Path
+
+from msgspec import Struct
+
+from nsa_verify.core.findings import Outcome, Verdict
+from nsa_verify.engine.corpus import CorpusError, Entry, load
+from nsa_verify.engine.crew import Crew
+from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.worker import Hello, judge_saved
+
+
+class Status(StrEnum):
+    """What became of a saved case."""
+
+    FIXED = "FIXED"
+    """Every applicable implementation agrees."""
+    FAILED = "FAILED"
+    """At least one disagrees."""
+    ERROR = "ERROR"
+    """It could not be judged."""
+
+
+class Replayed(Struct, frozen=True):
+    """One saved case, run again. ``problem`` is the sentence of an ERROR."""
+
+    path: Path
+    status: Status
+    entry: Entry | None
+    verdicts: tuple[Verdict, ...] = ()
+    problem: str = ""
+
+
+def replay_saved(plan: Plan, paths: list[Path]) -> Iterator[Hello | Replayed]:
+    """Run the cases of ``paths`` again, in their order; first comes the ``Hello``. A bad file is an ERROR of its own."""
+    with Crew(plan.workers) as crew:
+        said = crew.hello(plan)
+        yield said
+        known = {subject.name for subject in said.subjects}
+        opened = [(path, *_open(path)) for path in paths]
+        futures: list[Future[list[Verdict]] | None] = [None] * len(opened)
+        for index, (path, entry, problem) in enumerate(opened):
+            ahead = range(index, min(len(opened), index + 2 * crew.workers))
+            for later in ahead if crew.workers > 1 else (index,):
+                saved = opened[later][1]
+                if futures[later] is None and saved is not None:
+                    futures[later] = crew.submit(judge_saved, plan, saved.case)
+            future = futures[index]
+            if entry is None or future is None:
+                yield Replayed(path, Status.ERROR, entry, problem=problem)
+            else:
+                yield _status(path, entry, tuple(future.result()), known, plan)
+
+
+def _open(path: Path) -> tuple[Entry | None, str]:
+    try:
+        return load(path), ""
+    except CorpusError as error:
+        return None, str(error)
+
+
+def _status(path: Path, entry: Entry, verdicts: tuple[Verdict, ...], known: set[str], plan: Plan) -> Replayed:
+    if any(verdict.outcome is Outcome.DISAGREE for verdict in verdicts):
+        return Replayed(path, Status.FAILED, entry, verdicts)
+    problem = ""
+    if unknown := [verdict for verdict in verdicts if verdict.outcome is Outcome.UNKNOWN]:
+        problem = f"{path}: {unknown[0].implementation}: {unknown[0].reason}"
+    elif all(verdict.outcome is Outcome.NOT_APPLICABLE for verdict in verdicts):
+        problem = f"{path}: no implementation of this run is applicable; choose others with --only or --impl"
+    elif entry.finding is not None and not plan.only and entry.finding.implementation not in known:
+        given = " ".join(f"--impl {reference}" for reference in entry.provenance.impl) or "--impl"
+        problem = (
+            f"{path}: was found in {entry.finding.implementation!r}, which is not loaded; give it with {given},"
+            " or choose others with --only"
+        )
+    return Replayed(path, Status.ERROR if problem else Status.FIXED, entry, verdicts, problem)

@@ -1,0 +1,153 @@
+"""The search: draw cases in rounds, judge them, then shrink and keep the first case of every signature.
+
+``search`` is a generator of events. Rounds and shrinks are functions of the plan alone, so the same plan gives the same
+events whatever the number of workers; only their order in time differs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+
+from nsa_verify.core.case import Case
+from nsa_verify.core.findings import Finding, Signature
+from nsa_verify.engine.crew import Crew
+from nsa_verify.engine.events import (
+    CheckFailed,
+    Disagreement,
+    DisagreementSeen,
+    Event,
+    Matrix,
+    Reliability,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    Shrinking,
+    StopReason,
+    WorkersReady,
+)
+from nsa_verify.engine.plan import Plan, digest
+from nsa_verify.engine.worker import RoundResult, Seen, ShrinkResult, run_round, shrink
+
+Keep = Callable[[Disagreement], Disagreement]
+"""Saves a disagreement and returns it with its path, or with the problem that prevented saving."""
+
+
+@dataclass(slots=True)
+class _State:
+    """What the rounds gave so far."""
+
+    matrix: Matrix = field(default_factory=Matrix)
+    cases: int = 0
+    digests: dict[int, str] = field(default_factory=dict)
+    first: dict[Signature, tuple[int, Seen]] = field(default_factory=dict)
+    stop: StopReason = StopReason.EXAMPLES
+
+
+def search(plan: Plan, keep: Keep, version: str, options: dict[str, str]) -> Iterator[Event]:
+    """Run ``plan``. Raises ``ImplementationError``, ``DeviceError`` and ``EngineError`` when it cannot do its job."""
+    began = time.perf_counter()
+    with Crew(plan.workers) as crew:
+        said = crew.hello(plan)
+        started = RunStarted(plan.seed, options, said.description, version, said.subjects, plan.max_examples, plan.workers)
+        yield started
+        yield WorkersReady(time.perf_counter() - began)
+        began = time.perf_counter()
+        state = _State()
+        yield from _rounds(plan, crew, state)
+        seconds = time.perf_counter() - began
+        yield from _disagreements(plan, crew, state, keep)
+    signatures = tuple(sorted(state.first))
+    whole = digest([state.digests[index] for index in sorted(state.digests)])
+    yield RunFinished(state.matrix, state.cases, seconds, state.stop, signatures, whole)
+
+
+def _rounds(plan: Plan, crew: Crew, state: _State) -> Iterator[Event]:
+    deadline = time.time() + plan.max_time_s if plan.max_time_s else 0.0
+    waiting = list(range(plan.rounds))
+    running: set[Future[RoundResult]] = set()
+    try:
+        while waiting or running:
+            if deadline and time.time() > deadline and waiting:
+                waiting, state.stop = [], StopReason.TIME
+            while waiting and len(running) < crew.workers:
+                running.add(crew.submit(run_round, plan, waiting.pop(0), deadline))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield from _round(state, future.result())
+            if state.stop is StopReason.INTERRUPTED:
+                waiting = []
+    except KeyboardInterrupt:
+        state.stop = StopReason.INTERRUPTED
+        crew.stop()
+        for future in running:
+            if not future.cancel():
+                yield from _round(state, future.result())
+
+
+def _round(state: _State, result: RoundResult) -> Iterator[Event]:
+    state.matrix.add(result.matrix)
+    state.cases += result.cases
+    state.digests[result.index] = result.digest
+    if result.stopped:
+        state.stop = StopReason.INTERRUPTED
+    yield RoundFinished(result.index, result.cases, state.cases, result.digest)
+    for unjudged in result.unjudged:
+        verdict = unjudged.verdict
+        yield CheckFailed(verdict.implementation, verdict.executor, verdict.reason, unjudged.case)
+    for seen in result.seen:
+        known = state.first.get(seen.signature)
+        if known is None:
+            yield DisagreementSeen(seen.signature, seen.finding)
+        if known is None or result.index < known[0]:
+            state.first[seen.signature] = (result.index, seen)
+
+
+def _disagreements(plan: Plan, crew: Crew, state: _State, keep: Keep) -> Iterator[Event]:
+    """Shrink each signature, several at a time; on Ctrl-C keep the rest as they were drawn."""
+    waiting = sorted(state.first)
+    running: dict[Future[ShrinkResult | None], Signature] = {}
+    try:
+        while (waiting or running) and plan.shrink and state.stop is not StopReason.INTERRUPTED:
+            while waiting and len(running) < crew.workers:
+                signature = waiting.pop(0)
+                yield Shrinking(signature)
+                running[crew.submit(shrink, plan, state.first[signature][0], signature)] = signature
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                signature, result = running.pop(future), future.result()
+                if result is not None and result.stopped:
+                    state.stop = StopReason.INTERRUPTED
+                yield keep(_minimal(state.first[signature][1], result))
+    except KeyboardInterrupt:
+        state.stop = StopReason.INTERRUPTED
+        crew.stop()
+    for future, signature in running.items():
+        result = None if future.cancel() else future.result()
+        yield keep(_minimal(state.first[signature][1], result, "the shrink was interrupted"))
+    for signature in waiting:
+        note = "interrupted before it was shrunk" if state.stop is StopReason.INTERRUPTED else "not shrunk"
+        seen = state.first[signature][1]
+        yield keep(_as_drawn(seen.case, seen.finding, note))
+
+
+def _minimal(seen: Seen, result: ShrinkResult | None, note: str = "") -> Disagreement:
+    if result is None:
+        return _as_drawn(seen.case, seen.finding, note or "its round, run again, agreed: the case is kept as it was drawn")
+    unstable = "" if result.stable else "probes contradicted each other: the smallest case that disagreed is kept"
+    unstable = "the shrink was interrupted" if result.stopped else unstable
+    return Disagreement(
+        signature=seen.signature,
+        case=result.case,
+        finding=result.finding,
+        reliability=result.reliability,
+        shrunk=True,
+        probes=result.probes,
+        note=note or unstable,
+    )
+
+
+def _as_drawn(case: Case, finding: Finding, note: str) -> Disagreement:
+    return Disagreement(finding.signature, case, finding, Reliability(0, 0), shrunk=False, probes=0, note=note)

@@ -1,0 +1,205 @@
+"""The command line. Exit codes: 0 agree, 1 disagreement, 2 could not do its job, 130 interrupted."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from nsa_verify import __version__
+from nsa_verify.core.case import Mode
+from nsa_verify.core.findings import EXPLANATIONS, Code, Outcome
+from nsa_verify.core.registry import ImplementationError
+from nsa_verify.engine.corpus import CorpusError, Provenance, check_writable
+from nsa_verify.engine.crew import EngineError
+from nsa_verify.engine.events import Event, RunFinished, RunStarted, StopReason
+from nsa_verify.engine.keeping import keep
+from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.search import search
+from nsa_verify.shell import options as opt
+from nsa_verify.shell.corpus_commands import corpus
+from nsa_verify.shell.doctor import doctor
+from nsa_verify.shell.options import ExitCode, Unable
+from nsa_verify.shell.render import explanation_lines
+from nsa_verify.shell.replay_command import replay
+from nsa_verify.shell.reporter import JsonReporter, Reporter, TerminalReporter, console, say
+from nsa_verify.strategies.profiles import PROFILES
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="nsa-verify")
+def cli() -> None:
+    """Verify native-sparse-attention metadata kernels against an independent oracle.
+
+    Exit codes: 0 all agree, 1 a disagreement, 2 could not do its job (nothing tested counts), 130 interrupted.
+    """
+
+
+@cli.command()
+@opt.together(opt.IMPL, opt.ONLY, opt.MODE, opt.EXECUTOR, opt.DEVICE)
+@click.option("-n", "--max-examples", type=click.IntRange(1), help="Cases to draw. [default: the profile's]")
+@click.option("--seed", type=click.IntRange(0), help="The same seed draws the same cases. [default: random]")
+@click.option("--max-time", default="0", metavar="TIME", help="Stop drawing after 90, 90s, 15m or 6h. [default: no limit]")
+@click.option(
+    "--profile",
+    type=click.Choice(list(PROFILES)),
+    default="dev",
+    envvar="NSA_VERIFY_PROFILE",
+    help="Hypothesis settings and number of cases. [default: dev]",
+)
+@click.option("--no-shrink", is_flag=True, help="Keep disagreeing cases as they were drawn.")
+@opt.together(opt.WORKERS, opt.NO_ISOLATION, opt.CORPUS, opt.JSON, opt.NO_COLOR)
+def run(
+    references: tuple[str, ...],
+    only: tuple[str, ...],
+    modes: tuple[str, ...],
+    executors: tuple[str, ...],
+    device: str,
+    max_examples: int | None,
+    seed: int | None,
+    max_time: str,
+    profile: str,
+    no_shrink: bool,
+    workers: str,
+    no_isolation: bool,
+    corpus: str,
+    as_json: bool,
+    no_color: bool,
+) -> None:
+    """Draw cases, run every implementation on each, compare every byte, shrink and save what disagrees."""
+    out = console(no_color)
+    plan = Plan(
+        seed=secrets.randbelow(2**32) if seed is None else seed,
+        max_examples=max_examples or PROFILES[profile],
+        max_time_s=seconds(max_time),
+        modes=tuple(Mode(mode) for mode in modes) or tuple(Mode),
+        executors=tuple(dict.fromkeys(executors)) or ("eager",),
+        device=device,
+        references=references,
+        only=only,
+        profile=profile,
+        shrink=not no_shrink,
+    )
+    plan = _with_workers(plan, opt.worker_count(workers, device, no_isolation, plan.rounds))
+    kind = JsonReporter if as_json else TerminalReporter
+    raise SystemExit(_run(plan, Path(corpus), kind(out, plan.modes, references)))
+
+
+def _with_workers(plan: Plan, workers: int) -> Plan:
+    import msgspec
+
+    return msgspec.structs.replace(plan, workers=workers)
+
+
+def _run(plan: Plan, root: Path, reporter: Reporter) -> ExitCode:
+    """Drive the search, tell the reporter, and make the exit code of what happened."""
+    try:
+        check_writable(root)
+        finished: RunFinished | None = None
+        started: RunStarted | None = None
+        unsaved: list[str] = []
+        for event in _events(plan, root):
+            reporter.handle(event)
+            if isinstance(event, RunStarted):
+                started = event
+            elif isinstance(event, RunFinished):
+                finished = event
+            elif problem := getattr(event, "problem", ""):
+                unsaved.append(problem)
+    except (CorpusError, EngineError, ImplementationError) as error:
+        raise Unable(str(error)) from error
+    except KeyboardInterrupt:
+        click.echo("interrupted before the first case was judged", err=True)
+        return ExitCode.INTERRUPTED
+    finally:
+        reporter.close()
+    assert finished is not None
+    assert started is not None
+    return exit_code(finished, started, plan, unsaved)
+
+
+def _events(plan: Plan, root: Path) -> Iterator[Event]:
+    from nsa_verify.device.select import DeviceError
+
+    chosen = {
+        "cases": str(plan.max_examples),
+        "modes": ",".join(plan.modes),
+        "executors": ",".join(plan.executors),
+        "profile": plan.profile,
+        "workers": str(plan.workers),
+        "corpus": str(root),
+    }
+    if plan.max_time_s:
+        chosen["max-time"] = f"{plan.max_time_s:g} s"
+    if plan.only:
+        chosen["only"] = ",".join(plan.only)
+    provenance = Provenance(version=__version__, seed=plan.seed, command=_command(), device=plan.device, impl=plan.references)
+    try:
+        yield from search(plan, lambda found: keep(found, root, provenance), __version__, chosen)
+    except DeviceError as error:
+        raise Unable(str(error)) from error
+
+
+def _command() -> str:
+    return " ".join(["nsa-verify", *sys.argv[1:]])
+
+
+def exit_code(finished: RunFinished, started: RunStarted, plan: Plan, unsaved: Sequence[str]) -> ExitCode:
+    """The exit code of a finished run; what kept it from doing its job is said on standard error."""
+    if finished.stop is StopReason.INTERRUPTED:
+        return ExitCode.INTERRUPTED
+    if finished.signatures:
+        return ExitCode.UNABLE if unsaved else ExitCode.DISAGREE
+    if finished.matrix.total(Outcome.UNKNOWN):
+        click.echo("Error: some verdicts are unknown: the check itself failed, see above", err=True)
+        return ExitCode.UNABLE
+    idle = [
+        subject.name
+        for subject in started.subjects
+        if not any(cell.cases for (name, _, _), cell in finished.matrix.cells.items() if name == subject.name)
+    ]
+    if not finished.matrix.cells or len(idle) == len(started.subjects):
+        click.echo("Error: nothing was tested: draw more cases, or other modes with --mode", err=True)
+        return ExitCode.UNABLE
+    if idle and (plan.references or plan.only):
+        click.echo(f"Error: no case was applicable to {', '.join(idle)}: draw more cases, or other modes", err=True)
+        return ExitCode.UNABLE
+    return ExitCode.AGREE
+
+
+def seconds(text: str) -> float:
+    """``90``, ``90s``, ``15m`` or ``6h`` in seconds. Raises ``Unable`` for anything else."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
+    try:
+        value = float(number) * unit
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise Unable(f"--max-time {text}: must be a time such as 90, 90s, 15m or 6h")
+    return value
+
+
+@cli.command()
+@click.argument("code")
+def explain(code: str) -> None:
+    """Say what a code means, what usually causes it and what to do."""
+    known = {str(found).upper(): found for found in Code}
+    if code.upper() not in known:
+        raise Unable(f"{code}: no such code; there are {', '.join(known)}")
+    for line in explanation_lines(known[code.upper()]):
+        say(console(no_color=True), line)
+    assert set(known.values()) == set(EXPLANATIONS)
+
+
+cli.add_command(replay)
+cli.add_command(corpus)
+cli.add_command(doctor)
+
+
+def main() -> None:
+    """The console script."""
+    cli()

@@ -1,0 +1,79 @@
+"""``nsa-verify doctor``: what this machine has, and what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import click
+
+from nsa_verify import __version__
+from nsa_verify.core.registry import ImplementationError, load
+from nsa_verify.engine.corpus import CorpusError, check_writable, scan
+from nsa_verify.shell import options as opt
+from nsa_verify.shell.options import ExitCode
+from nsa_verify.shell.reporter import console, say
+
+PACKAGES = ("torch", "triton", "hypothesis", "pytest", "pytest-xdist", "numpy", "msgspec")
+
+
+@click.command()
+@opt.together(opt.IMPL, opt.CORPUS, opt.DEVICE, opt.NO_COLOR)
+def doctor(references: tuple[str, ...], corpus: str, device: str, no_color: bool) -> None:
+    """Check this machine; exit code 2 if something needed is missing."""
+    out, healthy = console(no_color), True
+    checks: list[tuple[str, Callable[[], Iterator[str]]]] = [
+        ("versions", _versions),
+        ("device", lambda: _device(device)),
+        ("implementations", lambda: _implementations(references)),
+        ("corpus", lambda: _corpus(Path(corpus))),
+    ]
+    for name, check in checks:
+        try:
+            for line in check():
+                say(out, f"ok       {name}: {line}", None)
+        except Exception as error:
+            healthy = False
+            say(out, f"PROBLEM  {name}: {error}", "bold red")
+    raise SystemExit(ExitCode.AGREE if healthy else ExitCode.UNABLE)
+
+
+def _versions() -> Iterator[str]:
+    yield f"nsa-verify {__version__}, Python {platform.python_version()}, {os.cpu_count()} cores"
+    found, missing = [], []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            missing.append(package)
+    yield ", ".join(found)
+    if needed := [package for package in missing if not package.startswith("pytest")]:
+        raise RuntimeError(f"{', '.join(needed)} not installed; run make verify, or pip install nsa-verify")
+
+
+def _device(device: str) -> Iterator[str]:
+    from nsa_verify.device.select import describe, resolve
+
+    yield describe(resolve(device))
+    yield f"compute-sanitizer {shutil.which('compute-sanitizer') or 'not on the PATH (optional)'}"
+
+
+def _implementations(references: tuple[str, ...]) -> Iterator[str]:
+    try:
+        found = load(references)
+    except ImplementationError as error:
+        raise RuntimeError(str(error)) from error
+    yield ", ".join(found)
+
+
+def _corpus(root: Path) -> Iterator[str]:
+    try:
+        check_writable(root)
+        count = len(list(scan(root))) if root.is_dir() else 0
+    except CorpusError as error:
+        raise RuntimeError(str(error)) from error
+    yield f"{root}: writable, {count} cases"

@@ -1,0 +1,140 @@
+"""Cases, findings and matrices as a person reads them: plain lines, aligned by spaces, styled by the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import msgspec
+
+from nsa_verify.core.case import Case, Mode, Setup, SlotKind
+from nsa_verify.core.findings import EXPLANATIONS, Code, Finding
+from nsa_verify.core.oracle import batch
+from nsa_verify.engine.events import Cell, Matrix, Subject
+
+MAX_ROWS = 12
+"""Requests of a replay that are shown; the rest is counted."""
+
+
+def columns(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
+    """``rows`` as lines with aligned columns."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    return [(indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip() for row in rows]
+
+
+def setup_lines(setup: Setup) -> list[str]:
+    """The setup in two lines: the sizes, then whatever is not plain."""
+    sizes = (
+        f"N={setup.num_draft_tokens} K={setup.index_topk} p={setup.page_size} W={setup.table_width}"
+        f" pool={setup.pool_rows}x{setup.pool_width} buckets={','.join(map(str, setup.buckets))}"
+        f" steps={setup.num_steps} fill={setup.fill_seq_len}"
+    )
+    plain = Setup(
+        pool_width=setup.pool_width,
+        pool_row_stride=setup.pool_width,
+        table_width=setup.table_width,
+        table_row_stride=setup.table_width,
+    )
+    shown = ("num_draft_tokens", "index_topk", "page_size", "pool_rows", "buckets", "num_steps", "fill_seq_len")
+    special = [
+        f"{name}={getattr(setup, name)}"
+        for name in setup.__struct_fields__
+        if name not in shown and getattr(setup, name) != getattr(plain, name)
+    ]
+    return [f"setup   {sizes}", *([f"        {' '.join(special)}"] if special else [])]
+
+
+def replay_lines(case: Case, index: int, mark: bool) -> Iterator[str]:
+    """One replay: its mode and bucket, and a table of its rows."""
+    replay, given = case.replays[index], batch(case, index)
+    slots = "" if replay.slots is SlotKind.SEQUENTIAL else f", {replay.slots} slots"
+    seed = f", pool seed {replay.pool_seed}" if replay.pool_seed else ""
+    arrow = "  <- disagrees" if mark else ""
+    yield f"replay {index + 1} of {len(case.replays)}: {replay.mode}, bucket {given.bucket}{slots}{seed}{arrow}"
+    accepts = replay.mode is Mode.DRAFT_EXTEND
+    rows = [("row", "seq_len", "pool_row", *(("accept_len",) if accepts else ()))]
+    for row, (length, pool_row, accepted) in enumerate(zip(*given[2:], strict=True)):
+        name = str(row) if row < len(replay.requests) else f"{row} (padded)"
+        rows.append((name, str(length), str(pool_row), *((str(accepted),) if accepts else ())))
+    yield from columns(rows[: MAX_ROWS + 1], "        ")
+    if len(rows) > MAX_ROWS + 1:
+        yield f"        ... and {len(rows) - MAX_ROWS - 1} more rows"
+
+
+def case_lines(case: Case, failing: int | None = None) -> list[str]:
+    """The whole case; ``failing`` is the replay to point at."""
+    lines = setup_lines(case.setup)
+    for index in range(len(case.replays)):
+        lines += replay_lines(case, index, index == failing)
+    return lines
+
+
+def finding_lines(finding: Finding) -> list[str]:
+    """The finding: its sentence, and expected and got side by side around the first difference."""
+    where = f"replay {finding.replay + 1}"
+    where += f", step {finding.step}" if finding.step is not None else ""
+    where += f", {finding.count} wrong {'cell' if finding.count == 1 else 'cells'}" if finding.window else ""
+    lines = [f"{where}: {finding.message}"]
+    if finding.window:
+        cells = finding.window
+        table = [
+            ("element", *(",".join(map(str, cell.element)) for cell in cells)),
+            ("region", *(cell.region for cell in cells)),
+            ("expected", *(number(cell.expected) for cell in cells)),
+            ("got", *(number(cell.got) for cell in cells)),
+            ("", *("^" * max(len(number(cell.got)), 1) if cell.differs else "" for cell in cells)),
+        ]
+        lines += columns(table, "        ")
+    return lines
+
+
+POISON_BAND = -(2**31) + 1 + (1 << 20)
+
+
+def number(value: int) -> str:
+    """A cell's content; poison by that name."""
+    return "poison" if value < POISON_BAND else str(value)
+
+
+def title(code: Code) -> str:
+    """A code and its title."""
+    return f"{code} {EXPLANATIONS[code].title}"
+
+
+def explanation_lines(code: Code) -> list[str]:
+    """What ``nsa-verify explain`` prints."""
+    text = EXPLANATIONS[code]
+    return [f"{code}: {text.title}", "", text.meaning, "", f"Typical cause: {text.typical_cause}", f"Remedy: {text.remedy}"]
+
+
+def cell_text(cell: Cell | None) -> str:
+    """A matrix cell: how many cases agreed, disagreed, could not be judged, were not applicable and why."""
+    if cell is None:
+        return "not drawn"
+    parts = []
+    agreed = cell.cases - cell.disagree - cell.unknown
+    if agreed:
+        parts.append(f"{agreed} agree")
+    if cell.disagree:
+        parts.append(f"{cell.disagree} DISAGREE")
+    if cell.unknown:
+        parts.append(f"{cell.unknown} UNKNOWN")
+    if cell.not_applicable:
+        reason = max(cell.reasons, key=lambda text: cell.reasons[text])
+        parts.append(f"{cell.not_applicable} n/a ({reason})")
+    return ", ".join(parts) or "none"
+
+
+def matrix_rows(matrix: Matrix, subjects: Iterable[Subject], modes: Sequence[Mode]) -> list[tuple[str, ...]]:
+    """Header and one row per (implementation, executor)."""
+    executors = sorted({executor for _, executor, _ in matrix.cells})
+    rows: list[tuple[str, ...]] = [("implementation", "executor", *modes)]
+    for subject in subjects:
+        for executor in executors:
+            cells = [matrix.cells.get((subject.name, executor, mode)) for mode in modes]
+            rows.append((subject.name, executor, *(cell_text(cell) for cell in cells)))
+    return rows
+
+
+def json_text(value: object) -> str:
+    """``value`` as one JSON document with sorted keys."""
+    return msgspec.json.format(msgspec.json.encode(value, order="sorted"), indent=2).decode()

@@ -1,0 +1,192 @@
+"""What is frozen at capture."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from hypothesis import strategies as st
+
+from nsa_verify.core.case import MAX_DRAFT_TOKENS, PAGE_SIZES, CtxLens, IntType, Layout, Setup
+from nsa_verify.strategies.choice import below, chance, near, pick
+from nsa_verify.strategies.limits import Limits
+from nsa_verify.strategies.swarm import Feature, Swarm
+
+LARGE_TOP_K = 2048
+MAX_BUCKETS = 3
+_TOP_K = (8, 8, 8, 1, 2, 3, 4, 5, 7, 12, 16, 33, 64, 100, 128)
+_EXTRA_COLUMNS = (0, 1, 3, 5, 7, 32)
+_DRAFT_TOKENS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, *range(5, MAX_DRAFT_TOKENS + 1))
+_LARGE_BATCHES = (31, 32, 32, 33, 64, 128, 129, 130, 512, 513)
+"""Batch sizes, or expanded rows, that fill warps or blocks: exactly, less one, or by one more."""
+
+
+class _Inputs(NamedTuple):
+    layout: Layout = Layout.CONTIGUOUS
+    tail: int = 0
+    seq_lens_dtype: IntType = "int32"
+    pool_index_dtype: IntType = "int64"
+    aliased: bool = False
+    host_lengths: bool = True
+
+
+def setups(swarm: Swarm | None = None, limits: Limits | None = None) -> st.SearchStrategy[Setup]:
+    """Setups as ``swarm`` and ``limits`` allow (default: everything, small).
+
+    The simplest has one draft token, pages of one token, one bucket of one request, one step, and a table as wide as
+    the pool row. Every drawn setup has room for a real request in every mode.
+    """
+    return _setups(swarm or Swarm.everything(), limits or Limits.small())
+
+
+@st.composite
+def _setups(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
+    return draw_setup(draw, swarm, limits)
+
+
+# Hypothesis prefers fewer choices to smaller ones. Hence a field is drawn whatever the others are, or the simpler of
+# two ways draws less: otherwise a case would shrink to the odd layout that happens to need no further choice.
+def draw_setup(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
+    """Draw a setup; a function, since a strategy made anew for every draw costs more than the draw."""
+    tokens = pick(draw, _DRAFT_TOKENS)
+    page_size = pick(draw, PAGE_SIZES)
+    top_k = pick(draw, (*_TOP_K, LARGE_TOP_K) if Feature.LARGE_TOP_K in swarm else _TOP_K)
+    buckets, many = _buckets(draw, tokens, swarm, limits)
+    fill = 1
+    if Feature.FILL_ZERO in swarm:
+        fill = pick(draw, (1, 0, 0) if many else (1, 0))
+    pool_width = _pool_width(draw, tokens, page_size, top_k, many, limits)
+    table_width = _table_width(draw, tokens, pool_width, swarm)
+    pool_rows = pick(draw, _sizes(limits.pool_rows))
+    if Feature.POOL_ROWS not in swarm:
+        pool_rows = max(pool_rows, buckets[-1])
+    inputs = _inputs(draw, swarm)
+    pool_extra, table_extra, skew = _strides(draw, swarm)
+    ctx_lens, schedule, num_sms = _optional_outputs(draw, swarm)
+    return Setup(
+        num_draft_tokens=tokens,
+        index_topk=top_k,
+        page_size=page_size,
+        table_width=table_width,
+        table_row_stride=table_width + table_extra,
+        stride_skew=skew,
+        pool_rows=pool_rows,
+        pool_width=pool_width,
+        pool_row_stride=pool_width + pool_extra,
+        num_steps=pick(draw, _sizes(limits.steps)) if Feature.SEVERAL_STEPS in swarm else 1,
+        buckets=buckets,
+        fill_seq_len=fill,
+        num_sms=num_sms,
+        seq_lens_dtype=inputs.seq_lens_dtype,
+        pool_index_dtype=inputs.pool_index_dtype,
+        layout=inputs.layout,
+        aliased_seq_lens=inputs.aliased,
+        input_tail=inputs.tail,
+        host_lengths=inputs.host_lengths,
+        ctx_lens=ctx_lens,
+        schedule=schedule,
+    )
+
+
+def _buckets(draw: st.DrawFn, tokens: int, swarm: Swarm, limits: Limits) -> tuple[tuple[int, ...], bool]:
+    """The captured batch sizes, and whether they are a rare one with many rows."""
+    sizes, most = _sizes(limits.batch_size), max(1, limits.rows // tokens)
+    drawn = {min(pick(draw, sizes), most)}
+    if Feature.BUCKET_SWITCHES in swarm:
+        for _ in range(MAX_BUCKETS - 1):
+            if not chance(draw, 4):
+                break
+            drawn.add(min(pick(draw, sizes), most))
+    if Feature.MANY_ROWS in swarm:
+        large = _large_buckets(limits)
+        index = below(draw, 32 * len(large)) - 31 * len(large)
+        if index >= 0:
+            size, per_token = large[index]
+            size = -(-size // tokens) if per_token else size
+            return (min(size, limits.many_rows // tokens),), True
+    return tuple(sorted(drawn)), False
+
+
+@lru_cache(maxsize=64)
+def _sizes(most: int) -> tuple[int, ...]:
+    """1..most, the small ones more often."""
+    return tuple(size for size in range(1, most + 1) for _ in range(4 if size <= 4 else 1))
+
+
+@lru_cache(maxsize=16)
+def _large_buckets(limits: Limits) -> tuple[tuple[int, bool], ...]:
+    """Large batch sizes, and whether they count expanded rows instead of requests."""
+    sizes = [size for size in _LARGE_BATCHES if size <= limits.many_rows]
+    return tuple((size, per_token) for per_token in (False, True) for size in sizes)
+
+
+def _pool_width(draw: st.DrawFn, tokens: int, page_size: int, top_k: int, many: bool, limits: Limits) -> int:
+    low, high = tokens + 1, limits.many_rows_width if many else limits.width
+    if top_k == LARGE_TOP_K and not many:
+        high = limits.top_k_width
+    return near(draw, low, high, _widths(tokens, page_size, top_k, high), plain_in_ten=2)
+
+
+@lru_cache(maxsize=1024)
+def _widths(tokens: int, page_size: int, top_k: int, most: int) -> tuple[int, ...]:
+    """Widths of ``req_to_token``: mostly small, near pages and tiles at times, wide enough for K when K is large."""
+    found = [tokens + 2, 12, 16, 17, 20, 24, 31, 33, 40, 48] * 3
+    found += [unit + past for unit in (page_size, 2 * page_size, 128, 256) for past in (0, 1, tokens + 2)]
+    found += [top_k + tokens + 2] * 3
+    if top_k == LARGE_TOP_K:
+        found += [LARGE_TOP_K + past for past in (0, 1, tokens, tokens + 2)] * 4
+    return tuple(width for width in found if tokens < width <= most)
+
+
+def _table_width(draw: st.DrawFn, tokens: int, pool_width: int, swarm: Swarm) -> int:
+    """Engines have a few columns fewer than the pool row is wide; the simplest has as many."""
+    fewer = pick(draw, (0, 0, 0, 1, 2, tokens, tokens + 1, tokens + 4, pool_width // 2))
+    least = 1 if Feature.CONTEXT_WALL in swarm else tokens + 1
+    return max(least, pool_width - fewer)
+
+
+_INPUT_FEATURES = frozenset(
+    {
+        Feature.SEQ_LENS_LAYOUT,
+        Feature.INPUT_TAIL,
+        Feature.INTEGER_WIDTHS,
+        Feature.ALIASED_SEQ_LENS,
+        Feature.NO_HOST_LENGTHS,
+    }
+)
+
+
+def _inputs(draw: st.DrawFn, swarm: Swarm) -> _Inputs:
+    layout, tail, seq_lens_dtype, pool_index_dtype, aliased, host_lengths = _Inputs()
+    if swarm.features.isdisjoint(_INPUT_FEATURES) or not chance(draw, 6):
+        return _Inputs()
+    if Feature.SEQ_LENS_LAYOUT in swarm:
+        layout = pick(draw, (Layout.CONTIGUOUS, Layout.CONTIGUOUS, Layout.STRIDED, Layout.OFFSET))
+    if Feature.INPUT_TAIL in swarm:
+        tail = pick(draw, (0, 0, 1, 3))
+    if Feature.INTEGER_WIDTHS in swarm:
+        dtypes: tuple[tuple[IntType, IntType], ...]
+        dtypes = (("int32", "int64"), ("int32", "int32"), ("int64", "int64"), ("int64", "int32"))
+        seq_lens_dtype, pool_index_dtype = pick(draw, dtypes)
+    if Feature.ALIASED_SEQ_LENS in swarm:
+        wanted = pick(draw, (False, True, True))
+        aliased = wanted and layout is Layout.CONTIGUOUS and tail == 0 and seq_lens_dtype == "int32"
+    if Feature.NO_HOST_LENGTHS in swarm:
+        host_lengths = pick(draw, (True, False))
+    return _Inputs(layout, tail, seq_lens_dtype, pool_index_dtype, aliased, host_lengths)
+
+
+def _strides(draw: st.DrawFn, swarm: Swarm) -> tuple[int, int, int]:
+    """Elements beyond the width in a pool row and in a table row, and how the latter grows from step to step."""
+    if Feature.ROW_STRIDES not in swarm or not chance(draw, 5):
+        return 0, 0, 0
+    return pick(draw, _EXTRA_COLUMNS), pick(draw, _EXTRA_COLUMNS), pick(draw, (0, 1, 2, 5))
+
+
+def _optional_outputs(draw: st.DrawFn, swarm: Swarm) -> tuple[CtxLens, bool, int]:
+    if Feature.OPTIONAL_OUTPUTS not in swarm or not chance(draw, 5):
+        return CtxLens.ABSENT, False, 4
+    ctx_lens = pick(draw, tuple(CtxLens))
+    if not pick(draw, (False, True)):
+        return ctx_lens, False, 4
+    return ctx_lens, True, pick(draw, (4, 1, 2, 3, 7, 33))

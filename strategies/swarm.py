@@ -1,0 +1,96 @@
+"""Which features of a case a round may use: whole groups are switched off, so that the others meet undisturbed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+
+class Feature(StrEnum):
+    """A group of choices that is on or off as a whole. Off means: the plain value, without a draw."""
+
+    PADDING = "padding"
+    """Fewer requests than the bucket holds (b0 < B)."""
+    EMPTY_BATCHES = "empty batches"
+    """No request at all (b0 = 0); needs ``PADDING`` as well, since every row is then a padded one."""
+    ZERO_ACCEPTS = "zero accepts"
+    UNIFORM_ACCEPTS = "uniform accepts"
+    """Accept lengths that are all equal, or equal but for one; off, each is drawn on its own."""
+    BOUNDARY_LENGTHS = "boundary lengths"
+    """At least half of the lengths at a boundary; off, they are there by chance only."""
+    CONTEXT_WALL = "context wall"
+    """KV lengths beyond the page table's width; off, every KV length fits it."""
+    SEVERAL_REPLAYS = "several replays"
+    MODE_SWITCHES = "mode switches"
+    BUCKET_SWITCHES = "bucket switches"
+    """More than one bucket, and replays in different ones."""
+    CONTINUATION = "continuation"
+    """A replay of the requests of the one before, grown by what was accepted."""
+    SEVERAL_STEPS = "several steps"
+    SEQ_LENS_LAYOUT = "seq_lens layout"
+    """``seq_lens`` with an element stride or a storage offset."""
+    INTEGER_WIDTHS = "integer widths"
+    """int64 ``seq_lens`` and int32 ``req_pool_indices`` beside the usual widths."""
+    ROW_STRIDES = "row strides"
+    """Row strides beyond the row's width, odd ones too, and different ones from step to step."""
+    INPUT_TAIL = "input tail"
+    ALIASED_SEQ_LENS = "aliased seq_lens"
+    NO_HOST_LENGTHS = "no host lengths"
+    OPTIONAL_OUTPUTS = "optional outputs"
+    """``paged_mqa_ctx_lens`` and ``paged_mqa_schedule``."""
+    SLOT_KINDS = "slot kinds"
+    """``req_to_token`` with scattered pages or scattered slots."""
+    POOL_SEEDS = "pool seeds"
+    """``req_to_token`` changing from replay to replay."""
+    POOL_ROWS = "pool rows"
+    """Any row of ``req_to_token`` for any request: the same one twice, stale ones for padded rows."""
+    FILL_ZERO = "fill zero"
+    MANY_ROWS = "many rows"
+    """31, 32, 33, 64, 128 expanded rows and more than 128; rare, since the Triton interpreter is slow on them."""
+    LARGE_TOP_K = "large top-k"
+    """``index_topk`` of 2048, and sometimes tables wide enough to reach it."""
+
+
+ON_PROBABILITY: Final = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Swarm:
+    """The features that are on, asked with ``in``."""
+
+    features: frozenset[Feature]
+
+    @classmethod
+    def everything(cls) -> Swarm:
+        """Every feature on."""
+        return cls(frozenset(Feature))
+
+    @classmethod
+    def for_round(cls, seed: int, round: int) -> Swarm:  # the word that users see
+        """What is on in ``round`` of a run with ``seed``: a function of these two, the same in every process.
+
+        Everything in round 0; later each feature with probability ``ON_PROBABILITY``.
+        """
+        if round == 0:
+            return cls.everything()
+        chance = random.Random(f"swarm {seed} {round}")  # a string is hashed alike in every process and version
+        return cls(frozenset(feature for feature in Feature if chance.random() < ON_PROBABILITY))
+
+    def without(self, *features: Feature) -> Swarm:
+        """This swarm with ``features`` switched off."""
+        return Swarm(self.features.difference(features))
+
+    def __contains__(self, feature: object) -> bool:
+        return feature in self.features
+
+    def __str__(self) -> str:
+        off = [str(feature) for feature in Feature if feature not in self.features]
+        if not off:
+            return "everything"
+        if len(off) == len(Feature):
+            return "nothing"
+        if 2 * len(off) > len(Feature):
+            return "only " + ", ".join(str(feature) for feature in Feature if feature in self.features)
+        return "everything but " + ", ".join(off)
