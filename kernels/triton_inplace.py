@@ -25,12 +25,14 @@ from torch import Tensor
 from nsa_verify.core.case import CtxLens, Mode, Setup
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, MetadataBuffers, ReplayInputs, implementation
 
-_BLOCK = 128
-"""Columns that a row of ``page_table_1`` is rounded up to, and requests or rows that one scan takes."""
-_TILE_ROWS = 16
-_TILE_COLUMNS = 256
+_COLUMNS = 128
+"""Columns of ``page_table_1`` that a tile takes, and to which the written part of a row is therefore rounded up."""
+_LANES = 32
+"""Pairs of request and token per program; at least as many as a request has."""
+_EARLIER = 512
 _CHUNK = 1024
-"""Columns of ``page_table_1`` per program, in tiles of the above."""
+"""Columns of ``page_table_1`` per program, in tiles."""
+_BLOCK = 128
 _ENTRIES = 64
 
 # tl.sum and its like are functions of Triton code, and the interpreter patches the whole language at every such call
@@ -40,94 +42,18 @@ _MAX = tl.standard._elementwise_max
 
 
 @triton.jit(
-    do_not_specialize=["seq_stride", "accept_stride", "ctx_stride", "batch_size", "added", "tokens", "index_topk"],
-    do_not_specialize_on_alignment=[
-        "seq_lens",
-        "accept_lens",
-        "cache_seqlens",
-        "cu_seqlens_k",
-        "expanded",
-        "nsa_cache_seqlens",
-        "nsa_cu_seqlens_k",
-        "ctx_lens",
-    ],
-)
-def _fill_lengths(
-    seq_lens: Any,  # [B]
-    seq_stride: Any,
-    accept_lens: Any,  # [B]; read if RAGGED
-    accept_stride: Any,
-    cache_seqlens: Any,  # [B]
-    cu_seqlens_k: Any,  # [B+1]
-    expanded: Any,  # [R]; in DECODE the memory of cache_seqlens, which then gets its own values once more
-    nsa_cache_seqlens: Any,  # [R]
-    nsa_cu_seqlens_k: Any,  # [R+1]
-    ctx_lens: Any,  # [B, N]; written if OWN_CTX_LENS
-    ctx_stride: Any,
-    batch_size: Any,
-    added: Any,
-    tokens: Any,
-    index_topk: Any,
-    RAGGED: tl.constexpr,
-    SUMS: tl.constexpr,
-    OWN_CTX_LENS: tl.constexpr,
-    REQUESTS: tl.constexpr,
-    TOKENS: tl.constexpr,
-) -> None:
-    lane = tl.arange(0, REQUESTS).to(tl.int64)
-    token = tl.arange(0, TOKENS).to(tl.int64)[None, :]
-    rows = tl.full((), 0, tl.int64)
-    kv_sum = tl.full((), 0, tl.int64)
-    nsa_sum = tl.full((), 0, tl.int64)
-    if SUMS:
-        tl.store(cu_seqlens_k, 0)
-        tl.store(nsa_cu_seqlens_k, 0)
-    for start in range(0, batch_size, REQUESTS):
-        request = lane + start
-        held = request < batch_size
-        kv_len = tl.load(seq_lens + request * seq_stride, mask=held, other=0).to(tl.int64) + added
-        if RAGGED:
-            accept = tl.load(accept_lens + request * accept_stride, mask=held, other=0).to(tl.int64)
-            ends = tl.associative_scan(accept, 0, _SUM) + rows
-            row = (ends - accept)[:, None] + token  # [REQUESTS, TOKENS]
-            defined = token < accept[:, None]
-            rows += tl.reduce(accept, 0, _SUM)
-            length = (kv_len - accept)[:, None] + (token + 1)
-        else:
-            row = (request * tokens)[:, None] + token
-            defined = held[:, None] & (token < tokens)
-            length = (kv_len - tokens)[:, None] + (token + 1)
-        length = tl.maximum(length, 0)
-        clamped = tl.minimum(length, index_topk)
-        if SUMS:
-            # Lanes past the batch come last, so what they add to a scan reaches no lane that is stored.
-            tl.store(cache_seqlens + request, kv_len, mask=held)
-            tl.store(cu_seqlens_k + 1 + request, tl.associative_scan(kv_len, 0, _SUM) + kv_sum, mask=held)
-            kv_sum += tl.reduce(kv_len, 0, _SUM)
-            counted = tl.where(defined, clamped, 0)
-            total = tl.reduce(counted, 1, _SUM)
-            before = tl.associative_scan(total, 0, _SUM) - total + nsa_sum
-            nsa_cu = tl.associative_scan(counted, 1, _SUM) + before[:, None]
-            tl.store(nsa_cu_seqlens_k + 1 + row, nsa_cu, mask=defined)
-            nsa_sum += tl.reduce(total, 0, _SUM)
-        tl.store(expanded + row, length, mask=defined)
-        tl.store(nsa_cache_seqlens + row, clamped, mask=defined)
-        if OWN_CTX_LENS:
-            cell = ctx_lens + (request * ctx_stride)[:, None] + token
-            tl.store(cell, tl.broadcast_to(kv_len[:, None], (REQUESTS, TOKENS)), mask=defined)
-
-
-@triton.jit(
     do_not_specialize=[
         "seq_stride",
         "accept_stride",
         "pool_stride",
         "token_stride",
+        "ctx_stride",
         "table_stride",
         "real_stride",
         "batch_size",
         "added",
         "tokens",
+        "index_topk",
         "width",
         "page_size",
     ],
@@ -136,11 +62,17 @@ def _fill_lengths(
         "accept_lens",
         "pool_indices",
         "req_to_token",
+        "cache_seqlens",
+        "cu_seqlens_k",
+        "expanded",
+        "nsa_cache_seqlens",
+        "nsa_cu_seqlens_k",
+        "ctx_lens",
         "page_table",
         "real_table",
     ],
 )
-def _fill_tables(
+def _fill_metadata(
     seq_lens: Any,  # [B]
     seq_stride: Any,
     accept_lens: Any,  # [B]; read if RAGGED
@@ -149,6 +81,13 @@ def _fill_tables(
     pool_stride: Any,
     req_to_token: Any,  # [pool_rows, pool_width]
     token_stride: Any,
+    cache_seqlens: Any,  # [B]
+    cu_seqlens_k: Any,  # [B+1]
+    expanded: Any,  # [R]; in DECODE the memory of cache_seqlens, which then gets its own values once more
+    nsa_cache_seqlens: Any,  # [R]
+    nsa_cu_seqlens_k: Any,  # [R+1]
+    ctx_lens: Any,  # [B, N]; written if OWN_CTX_LENS
+    ctx_stride: Any,
     page_table: Any,  # [R, W]
     table_stride: Any,
     real_table: Any,  # [R, ceil(W/p)]; written if PAGED
@@ -156,47 +95,87 @@ def _fill_tables(
     batch_size: Any,
     added: Any,
     tokens: Any,
+    index_topk: Any,
     width: Any,
     page_size: Any,
     RAGGED: tl.constexpr,
+    WHOLE: tl.constexpr,  # False: only expanded and nsa_cache_seqlens
     PAGED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    OWN_CTX_LENS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LANES: tl.constexpr,
+    EARLIER: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(1).to(tl.int64) * CHUNK
-    if RAGGED:
-        lane = tl.arange(0, BLOCK).to(tl.int64)
-        owner = tl.full((ROWS,), 0, tl.int64)
-        rows = tl.full((), 0, tl.int64)
-        for start in range(0, batch_size, BLOCK):
-            request = lane + start
-            accept = tl.load(accept_lens + request * accept_stride, mask=request < batch_size, other=0).to(tl.int64)
-            ends = tl.associative_scan(accept, 0, _SUM) + rows
-            owner += tl.reduce((ends[None, :] <= row[:, None]).to(tl.int64), 1, _SUM)
-            rows += tl.reduce(accept, 0, _SUM)
-        defined = row < rows
-    else:
-        owner = row // tokens
-        defined = owner < batch_size
-    kv_len = tl.load(seq_lens + owner * seq_stride, mask=defined, other=0).to(tl.int64) + added
-    kv_len = tl.where(defined, kv_len, 0)
-    source = req_to_token + tl.load(pool_indices + owner * pool_stride, mask=defined, other=0).to(tl.int64) * token_stride
+    # A lane is a pair of request and token, TOKENS lanes a request; it is defined if the request has that many rows.
+    first_lane = tl.program_id(0).to(tl.int64) * LANES
+    chunk = tl.program_id(1)
+    rows = tl.full((), 0, tl.int64)
+    kv_sum = tl.full((), 0, tl.int64)
+    nsa_sum = tl.full((), 0, tl.int64)
+    for start in range(0, first_lane, EARLIER):
+        lane = tl.arange(0, EARLIER) + tl.cast(start, tl.int64)
+        request = lane // TOKENS
+        token = lane % TOKENS
+        held = lane < first_lane
+        accept = tokens
+        if RAGGED:
+            accept = tl.load(accept_lens + request * accept_stride, mask=held, other=0).to(tl.int64)
+        counted = (held & (token < accept)).to(tl.int64)
+        rows += tl.reduce(counted, 0, _SUM)
+        if WHOLE:
+            kv_len = tl.load(seq_lens + request * seq_stride, mask=held, other=0).to(tl.int64) + added
+            clamped = tl.minimum(tl.maximum(kv_len - accept + token + 1, 0), index_topk)
+            nsa_sum += tl.reduce(clamped * counted, 0, _SUM)
+            kv_sum += tl.reduce(tl.where(held & (token == 0), kv_len, 0), 0, _SUM)
 
-    reach = tl.minimum((kv_len + (BLOCK - 1)) & -BLOCK, width)
-    target = page_table + row * table_stride
-    real_target = real_table + row * real_stride
-    for column in range(first, tl.minimum(first + CHUNK, tl.reduce(reach, 0, _MAX)), COLUMNS):
-        columns = tl.arange(0, COLUMNS) + tl.cast(column, tl.int64)
-        mask = columns[None, :] < reach[:, None]  # [ROWS, COLUMNS]
-        slot = tl.load(source[:, None] + columns[None, :], mask=mask, other=0)
-        tl.store(target[:, None] + columns[None, :], slot, mask=mask)
-        if PAGED:
-            page = columns // page_size
-            leads = page * page_size == columns
-            tl.store(real_target[:, None] + page[None, :], slot // page_size, mask=mask & leads[None, :])
+    lane = tl.arange(0, LANES) + first_lane
+    request = lane // TOKENS
+    token = lane % TOKENS
+    held = request < batch_size
+    kv_len = tl.load(seq_lens + request * seq_stride, mask=held).to(tl.int64) + added
+    if RAGGED:
+        accept = tl.load(accept_lens + request * accept_stride, mask=held).to(tl.int64)
+    else:
+        accept = tokens
+    defined = held & (token < accept)
+    counted = defined.to(tl.int64)
+    end = tl.associative_scan(counted, 0, _SUM) + rows
+    row = end - 1
+    if chunk == 0:
+        length = tl.maximum(kv_len - accept + token + 1, 0)
+        clamped = tl.minimum(length, index_topk)
+        tl.store(expanded + row, length, mask=defined)
+        tl.store(nsa_cache_seqlens + row, clamped, mask=defined)
+        if WHOLE:
+            leads = held & (token == 0)
+            kv_ends = tl.associative_scan(kv_len * leads.to(tl.int64), 0, _SUM) + kv_sum
+            tl.store(cu_seqlens_k, 0)
+            tl.store(cu_seqlens_k + 1 + request, kv_ends, mask=leads)
+            tl.store(cache_seqlens + request, kv_len, mask=leads)
+            tl.store(nsa_cu_seqlens_k, 0)
+            tl.store(nsa_cu_seqlens_k + end, tl.associative_scan(clamped * counted, 0, _SUM) + nsa_sum, mask=defined)
+        if OWN_CTX_LENS:
+            tl.store(ctx_lens + request * ctx_stride + token, kv_len, mask=defined)
+    if WHOLE:
+        reach = tl.minimum((kv_len + (COLUMNS - 1)) & -COLUMNS, width) * counted
+        pool_row = tl.load(pool_indices + request * pool_stride, mask=defined).to(tl.int64)
+        source = req_to_token + pool_row * token_stride
+        target = page_table + row * table_stride
+        real_target = real_table + row * real_stride
+        first = chunk.to(tl.int64) * CHUNK
+        offsets = tl.arange(0, COLUMNS).to(tl.int64)
+        for column in range(first, tl.minimum(first + CHUNK, tl.reduce(reach, 0, _MAX)), COLUMNS):
+            columns = offsets + column
+            mask = columns[None, :] < reach[:, None]  # [LANES, COLUMNS]
+            slot = tl.load(source[:, None] + columns[None, :], mask=mask)
+            tl.store(target[:, None] + columns[None, :], slot, mask=mask)
+            if PAGED:
+                # The column that leads page c, c*p, holds a slot of that page.
+                page = columns // page_size
+                mask = mask & (page * page_size == columns)[None, :]
+                tl.store(real_target[:, None] + page[None, :], slot // page_size, mask=mask)
 
 
 @triton.jit(
@@ -241,16 +220,17 @@ def _fill_schedule(
         row = lane + start
         segments = (tl.load(ctx_lens + row, mask=row < count, other=0).to(tl.int64) + 255) // 256
         ends = tl.associative_scan(segments, 0, _SUM) + end
-        done = ends[None, :] <= begin[:, None]  # [ENTRIES, BLOCK]
-        owner += tl.reduce(done.to(tl.int64), 1, _SUM)
-        before = tl.maximum(before, tl.reduce(tl.where(done, ends[None, :], 0), 1, _MAX))
+        done = (ends[None, :] <= begin[:, None]).to(tl.int64)  # [ENTRIES, BLOCK]
+        owner += tl.reduce(done, 1, _SUM)
+        before += tl.reduce(done * segments[None, :], 1, _SUM)
         end += tl.reduce(segments, 0, _SUM)
-    # An entry at the total has counted the lanes past the last row too.
-    owner = tl.minimum(owner, count)
-    offset = tl.where(owner < count, begin - before, 0)
-    written = (entry <= num_sms) & (count > 0)
-    tl.store(schedule + entry * schedule_stride, owner, mask=written)
-    tl.store(schedule + entry * schedule_stride + 1, offset, mask=written)
+    # An entry at the total has counted the lanes past the last row too; its offset is the total less itself, 0.
+    cell = schedule + entry * schedule_stride
+    written = entry <= num_sms
+    if RAGGED:
+        written = written & (count > 0)
+    tl.store(cell, tl.minimum(owner, count), mask=written)
+    tl.store(cell + 1, begin - before, mask=written)
 
 
 def fill_draft_extend_metadata_inplace(
@@ -277,52 +257,39 @@ def fill_draft_extend_metadata_inplace(
         if out.shape[0] < total_tokens:
             raise ValueError(f"{name} holds {out.shape[0]} rows, the batch expands to {total_tokens}; nothing was written")
     if total_tokens:
-        tokens = triton.next_power_of_2(longest)
-        _launch_lengths(
-            seq_lens, extend_seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens, batch_size, nsa_index_topk, tokens
+        bound = triton.next_power_of_2(longest)
+        lanes = max(_LANES, bound)
+        _fill_metadata[(triton.cdiv(batch_size * bound, lanes), 1)](
+            seq_lens,
+            seq_lens.stride(0),
+            extend_seq_lens,
+            extend_seq_lens.stride(0),
+            *(extend_seq_lens, 0, extend_seq_lens, 0),
+            *(out_seqlens_expanded, out_seqlens_expanded),
+            out_seqlens_expanded,
+            out_nsa_cache_seqlens,
+            out_nsa_cache_seqlens,
+            *(out_seqlens_expanded, 0, out_seqlens_expanded, 0, out_seqlens_expanded, 0),
+            batch_size,
+            0,
+            longest,
+            nsa_index_topk,
+            0,
+            1,
+            RAGGED=True,
+            WHOLE=False,
+            PAGED=False,
+            OWN_CTX_LENS=False,
+            TOKENS=bound,
+            LANES=lanes,
+            EARLIER=_EARLIER,
+            COLUMNS=_COLUMNS,
+            CHUNK=_CHUNK,
         )
     return int(total_tokens)
 
 
-def _launch_lengths(
-    seq_lens: Tensor,
-    accept_lens: Tensor | None,
-    expanded: Tensor,
-    nsa_cache_seqlens: Tensor,
-    batch_size: int,
-    index_topk: int,
-    tokens: int,
-    added: int = 0,
-    sums: MetadataBuffers | None = None,
-    ctx_lens: Tensor | None = None,
-) -> None:
-    """One program over the batch. ``tokens`` bounds the rows of a request, and is their number if not ragged."""
-    bound = triton.next_power_of_2(tokens)
-    _fill_lengths[(1,)](
-        seq_lens,
-        seq_lens.stride(0),
-        seq_lens if accept_lens is None else accept_lens,
-        0 if accept_lens is None else accept_lens.stride(0),
-        expanded if sums is None else sums.cache_seqlens,
-        expanded if sums is None else sums.cu_seqlens_k,
-        expanded,
-        nsa_cache_seqlens,
-        nsa_cache_seqlens if sums is None else sums.nsa_cu_seqlens_k,
-        expanded if ctx_lens is None else ctx_lens,
-        0 if ctx_lens is None else ctx_lens.stride(0),
-        batch_size,
-        added,
-        tokens,
-        index_topk,
-        RAGGED=accept_lens is not None,
-        SUMS=sums is not None,
-        OWN_CTX_LENS=ctx_lens is not None,
-        REQUESTS=max(1, min(_BLOCK, 1024 // bound)),
-        TOKENS=bound,
-    )
-
-
-@implementation("triton-inplace", extent=Extent.ROW, block=_BLOCK, capturable=True, optional_outputs=OPTIONAL_OUTPUTS)
+@implementation("triton-inplace", extent=Extent.ROW, block=_COLUMNS, capturable=True, optional_outputs=OPTIONAL_OUTPUTS)
 def refresh(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup) -> None:
     """Write the metadata of every step straight into its buffers; nothing is read on the host."""
     for step in steps:
@@ -333,22 +300,11 @@ def _refresh_step(inputs: ReplayInputs, step: MetadataBuffers, setup: Setup) -> 
     mode, batch_size = inputs.mode, inputs.batch_size
     ragged = mode is Mode.DRAFT_EXTEND
     tokens = 1 if mode is Mode.DECODE else setup.num_draft_tokens
-    added = setup.num_draft_tokens if mode is Mode.TARGET_VERIFY else 0
-    own_ctx_lens = setup.ctx_lens is CtxLens.OWN and mode is Mode.TARGET_VERIFY
-    _launch_lengths(
-        inputs.seq_lens,
-        inputs.accept_lens if ragged else None,
-        step.nsa_seqlens_expanded,
-        step.nsa_cache_seqlens,
-        batch_size,
-        setup.index_topk,
-        tokens,
-        added,
-        sums=step,
-        ctx_lens=step.paged_mqa_ctx_lens if own_ctx_lens else None,
-    )
-    rows, width = batch_size * tokens, setup.table_width
-    _fill_tables[(triton.cdiv(rows, _TILE_ROWS), triton.cdiv(width, _CHUNK))](
+    bound = triton.next_power_of_2(tokens)
+    ctx_lens = None
+    if setup.ctx_lens is CtxLens.OWN and mode is Mode.TARGET_VERIFY:
+        ctx_lens = step.paged_mqa_ctx_lens
+    _fill_metadata[(triton.cdiv(batch_size * bound, _LANES), triton.cdiv(setup.table_width, _CHUNK))](
         inputs.seq_lens,
         inputs.seq_lens.stride(0),
         inputs.accept_lens,
@@ -357,24 +313,35 @@ def _refresh_step(inputs: ReplayInputs, step: MetadataBuffers, setup: Setup) -> 
         inputs.req_pool_indices.stride(0),
         inputs.req_to_token,
         inputs.req_to_token.stride(0),
+        step.cache_seqlens,
+        step.cu_seqlens_k,
+        step.nsa_seqlens_expanded,
+        step.nsa_cache_seqlens,
+        step.nsa_cu_seqlens_k,
+        step.cache_seqlens if ctx_lens is None else ctx_lens,
+        0 if ctx_lens is None else ctx_lens.stride(0),
         step.page_table_1,
         step.page_table_1.stride(0),
         step.real_page_table,
         step.real_page_table.stride(0),
         batch_size,
-        added,
+        setup.num_draft_tokens if mode is Mode.TARGET_VERIFY else 0,
         tokens,
-        width,
+        setup.index_topk,
+        setup.table_width,
         setup.page_size,
         RAGGED=ragged,
+        WHOLE=True,
         PAGED=setup.page_size > 1,
-        BLOCK=_BLOCK,
-        ROWS=_TILE_ROWS,
-        COLUMNS=_TILE_COLUMNS,
+        OWN_CTX_LENS=ctx_lens is not None,
+        TOKENS=bound,
+        LANES=_LANES,
+        EARLIER=_EARLIER,
+        COLUMNS=_COLUMNS,
         CHUNK=_CHUNK,
-        num_warps=8,
     )
     if step.paged_mqa_schedule is not None:
+        own_ctx_lens = setup.ctx_lens is CtxLens.OWN and mode is Mode.TARGET_VERIFY
         _fill_schedule[(triton.cdiv(setup.num_sms + 1, _ENTRIES),)](
             step.cache_seqlens if own_ctx_lens else step.nsa_seqlens_expanded,
             inputs.accept_lens,
@@ -382,7 +349,7 @@ def _refresh_step(inputs: ReplayInputs, step: MetadataBuffers, setup: Setup) -> 
             step.paged_mqa_schedule,
             step.paged_mqa_schedule.stride(0),
             batch_size,
-            batch_size if own_ctx_lens else rows,
+            batch_size if own_ctx_lens else batch_size * tokens,
             setup.num_sms,
             RAGGED=ragged,
             BLOCK=_BLOCK,

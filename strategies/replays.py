@@ -43,6 +43,13 @@ def _replays(
     return draw_replays(draw, setup, modes, swarm, limits)
 
 
+@lru_cache(maxsize=16)
+def _counts(most: int) -> tuple[int, ...]:
+    """1..most often, one more at times."""
+    usual = [count for count in range(1, most + 1) for _ in range(4)]
+    return tuple(count for count in (*usual, most + 1) if count <= MAX_REPLAYS)
+
+
 class _Turn(IntEnum):
     """Where the requests of a replay come from."""
 
@@ -66,14 +73,14 @@ def draw_replays(
     if Feature.MODE_SWITCHES in swarm:
         choices = (mode,) * 4 + tuple(other for other in modes if other is not mode)
     bucket = None if Feature.BUCKET_SWITCHES in swarm else pick(draw, setup.buckets)
-    most = 1
-    if Feature.SEVERAL_REPLAYS in swarm:
-        most = min(limits.replays + pick(draw, (0, 0, 0, 1)), MAX_REPLAYS)
+    counts = _counts(limits.replays) if Feature.SEVERAL_REPLAYS in swarm else (1,)
     if setup.buckets[-1] * setup.num_draft_tokens > limits.rows:
-        most = min(most, MANY_ROWS_REPLAYS)
+        counts = tuple(count for count in counts if count <= MANY_ROWS_REPLAYS)
     draft = _drafts(setup, choices, swarm, limits, bucket)
     chained: list[Replay] = []
-    for replay, turn in draw(st.lists(draft, min_size=1, max_size=most)):
+    # A count, and right behind it what it counts: Hypothesis can take the first ones out as well as the last.
+    for _ in range(pick(draw, counts)):
+        replay, turn = draw(draft)
         continued = turn is _Turn.CONTINUED and chained
         chained.append(_continue(setup, chained[-1], replay, swarm) if continued else replay)
     return tuple(chained)

@@ -68,9 +68,9 @@ def draw_requests(
         return ()
     least, most = _batch_sizes(draw, setup, swarm, bucket)
     accepts = _accepts(draw, setup, mode, swarm)
-    drawn = [_request(draw, setup, mode, swarm, accepts)]
-    while len(drawn) < min(most, DISTINCT_REQUESTS) and chance(draw, 6):
-        drawn.append(_request(draw, setup, mode, swarm, accepts))
+    # A count, and right behind it what it counts: Hypothesis can take the first ones out as well as the last.
+    count = 1 + below(draw, min(most, DISTINCT_REQUESTS))
+    drawn = [_request(draw, setup, mode, swarm, accepts) for _ in range(count)]
     size = max(least, len(drawn))
     if most > DISTINCT_REQUESTS and size < most:
         size += below(draw, most - size + 1)
@@ -108,7 +108,8 @@ def _accepts(draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm) -> _Accept
     if mode is not Mode.DRAFT_EXTEND:
         return _Accepts(Pattern.RAGGED, (1,), 1)
     tokens = setup.num_draft_tokens
-    choices = (*range(1, tokens + 1), 0, tokens) if Feature.ZERO_ACCEPTS in swarm else (*range(1, tokens + 1), tokens)
+    zero = (0,) if Feature.ZERO_ACCEPTS in swarm else ()
+    choices = (1, *zero, *range(2, tokens + 1), tokens)
     pattern = pick(draw, tuple(Pattern)) if Feature.UNIFORM_ACCEPTS in swarm else Pattern.RAGGED
     if pattern is Pattern.RAGGED:
         return _Accepts(pattern, choices, 1)

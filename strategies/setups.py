@@ -13,7 +13,7 @@ from nsa_verify.strategies.limits import Limits
 from nsa_verify.strategies.swarm import Feature, Swarm
 
 LARGE_TOP_K = 2048
-MAX_BUCKETS = 3
+_BUCKET_COUNTS = (1, 1, 1, 2, 2, 3)
 _TOP_K = (8, 8, 8, 1, 2, 3, 4, 5, 7, 12, 16, 33, 64, 100, 128)
 _EXTRA_COLUMNS = (0, 1, 3, 5, 7, 32)
 _DRAFT_TOKENS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, *range(5, MAX_DRAFT_TOKENS + 1))
@@ -91,12 +91,8 @@ def draw_setup(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
 def _buckets(draw: st.DrawFn, tokens: int, swarm: Swarm, limits: Limits) -> tuple[tuple[int, ...], bool]:
     """The captured batch sizes, and whether they are a rare one with many rows."""
     sizes, most = _sizes(limits.batch_size), max(1, limits.rows // tokens)
-    drawn = {min(pick(draw, sizes), most)}
-    if Feature.BUCKET_SWITCHES in swarm:
-        for _ in range(MAX_BUCKETS - 1):
-            if not chance(draw, 4):
-                break
-            drawn.add(min(pick(draw, sizes), most))
+    count = pick(draw, _BUCKET_COUNTS) if Feature.BUCKET_SWITCHES in swarm else 1
+    drawn = {min(pick(draw, sizes), most) for _ in range(count)}
     if Feature.MANY_ROWS in swarm:
         large = _large_buckets(limits)
         index = below(draw, 32 * len(large)) - 31 * len(large)

@@ -134,7 +134,9 @@ class Setup(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         _between("input_tail", self.input_tail, 0, 1024)
         wall = self.pool_width - self.num_draft_tokens
         if self.fill_seq_len > wall:
-            _refuse("fill_seq_len", self.fill_seq_len, f"with num_draft_tokens it exceeds pool_width = {self.pool_width}")
+            _refuse(
+                "fill_seq_len", self.fill_seq_len, f"with num_draft_tokens it exceeds pool_width = {self.pool_width}"
+            )
         plain = self.seq_lens_dtype == "int32" and self.layout is Layout.CONTIGUOUS and self.input_tail == 0
         if self.aliased_seq_lens and not plain:
             _refuse("aliased_seq_lens", True, "needs int32, contiguous seq_lens without input_tail")
@@ -204,7 +206,9 @@ class Case(Struct, frozen=True, forbid_unknown_fields=True):
         if len(replay.requests) > setup.buckets[-1]:
             _refuse(f"{where}.requests", f"{len(replay.requests)} requests", f"no bucket of {setup.buckets} holds them")
         if replay.padded_accept_len not in (1, setup.num_draft_tokens):
-            _refuse(f"{where}.padded_accept_len", replay.padded_accept_len, f"must be 1 or N = {setup.num_draft_tokens}")
+            _refuse(
+                f"{where}.padded_accept_len", replay.padded_accept_len, f"must be 1 or N = {setup.num_draft_tokens}"
+            )
         _between(f"{where}.padded_pool_row", replay.padded_pool_row, 0, setup.pool_rows - 1)
         for index, request in enumerate(replay.requests):
             self._check_request(f"{where}.requests[{index}]", replay.mode, request)
@@ -277,7 +281,14 @@ def size_of(case: Case) -> tuple[int, ...]:
     lengths = sum(request.seq_len + request.pool_row for request in requests)
     accepted = sum(request.accept_len for request in requests)
     frozen = setup.num_steps + setup.num_draft_tokens + setup.page_size + sum(setup.buckets) + setup.index_topk
-    return (len(case.replays), len(requests), features, lengths, accepted + frozen, setup.table_width + setup.pool_width)
+    return (
+        len(case.replays),
+        len(requests),
+        features,
+        lengths,
+        accepted + frozen,
+        setup.table_width + setup.pool_width,
+    )
 
 
 _FEATURES: Final = (

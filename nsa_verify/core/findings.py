@@ -11,7 +11,6 @@ from typing import Final, NamedTuple
 from msgspec import Struct
 
 from nsa_verify.core.case import Mode
-from nsa_verify.core.oracle import Region
 
 
 class Code(StrEnum):
@@ -88,8 +87,8 @@ EXPLANATIONS: Final[dict[Code, Explanation]] = {
     ),
     Code.INPUT_MUTATED: Explanation(
         "an input was changed",
-        "seq_lens, its host mirror, req_pool_indices, accept_lens or req_to_token, or memory beside them, is not what it"
-        " was before the call.",
+        "seq_lens, its host mirror, req_pool_indices, accept_lens or req_to_token, or memory beside them, is not what"
+        " it was before the call.",
         "An in-place += of the draft tokens, a clamp_ on the input, a workspace that aliases an input.",
         "Compute into a buffer of your own; the engine reads its inputs again.",
     ),

@@ -133,7 +133,7 @@ def implementation(
     """
     outputs = frozenset(optional_outputs)
     if unknown := outputs - OPTIONAL_OUTPUTS:
-        raise ValueError(f"implementation {name!r}: unknown optional output {sorted(unknown)[0]!r}")
+        raise ValueError(f"implementation {name!r}: unknown optional output {min(unknown)!r}")
     if block < 1:
         raise ValueError(f"implementation {name!r}: block = {block} must be at least 1")
     declared = frozenset(Mode(mode) for mode in modes)
@@ -144,7 +144,9 @@ def implementation(
     def register(refresh: RefreshT) -> RefreshT:
         taken = _registered.get(name)
         if taken is not None and _origin(taken.refresh) != _origin(refresh):
-            raise ValueError(f"two implementations are called {name!r}: {_origin(taken.refresh)} and {_origin(refresh)}")
+            raise ValueError(
+                f"two implementations are called {name!r}: {_origin(taken.refresh)} and {_origin(refresh)}"
+            )
         _registered[name] = Implementation(
             name=name,
             refresh=refresh,

@@ -90,11 +90,11 @@ def expect(case: Case, replay: int, extent: Extent = Extent.LIVE, block: int = 1
     ``block`` is the number of columns, of the table in question, to which ``Extent.ROW`` rounds up.
     """
     setup, given = case.setup, batch(case, replay)
-    owner, expanded = _expanded(setup, given)
+    owner, expanded = _expanded(given)
     defined = len(expanded)
     added = setup.num_draft_tokens if given.mode is Mode.TARGET_VERIFY else 0
     kv_lens = [length + added for length in given.seq_lens]
-    buffers = {
+    buffers: dict[str, tuple[Row, ...]] = {
         "cache_seqlens": (_line(kv_lens),),
         "cu_seqlens_k": (_line(_prefix_sum(kv_lens)),),
         "nsa_cu_seqlens_k": (_line([0]),),
@@ -120,7 +120,7 @@ def _prefix_sum(values: Sequence[int]) -> list[int]:
     return sums
 
 
-def _expanded(setup: Setup, given: Batch) -> tuple[list[int], list[int]]:
+def _expanded(given: Batch) -> tuple[list[int], list[int]]:
     """For every expanded row: the request it belongs to, and its length."""
     if given.mode is Mode.DECODE:
         return list(range(given.bucket)), list(given.seq_lens)

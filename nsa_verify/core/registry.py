@@ -53,7 +53,9 @@ def load_reference(reference: str) -> tuple[str, ...]:
     else:
         origin = module
         if _import(reference, lambda: importlib.util.find_spec(module)) is None:
-            raise ImplementationError(f"--impl {reference}: there is no module {module!r}; give a file or an importable module")
+            raise ImplementationError(
+                f"--impl {reference}: there is no module {module!r}; give a file or an importable module"
+            )
         loaded = _import(reference, lambda: importlib.import_module(module))
         origin = str(getattr(loaded, "__file__", module))
     new = tuple(found for found in registered() if found not in before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from msgspec.structs import replace
 from torch import Tensor
 
 from nsa_verify.core.case import Case
@@ -52,14 +53,18 @@ def diagnose(snapshot: Snapshot, implementation: str, executor: str, alone: Tens
     held before is stale only if the replay alone does not write the same wrong value there.
     """
     case, replay = snapshot.case, snapshot.replay
-    common = {"implementation": implementation, "executor": executor, "replay": replay, "mode": case.replays[replay].mode}
-    found = [_finding(snapshot, wrong, common) for wrong in _group(snapshot, alone)]
+    blank = Finding(
+        implementation=implementation,
+        executor=executor,
+        code=Code.INPUT_MUTATED,
+        replay=replay,
+        mode=case.replays[replay].mode,
+    )
+    found = [_finding(snapshot, wrong, blank) for wrong in _group(snapshot, alone)]
     if snapshot.pool_mutated:
-        message = "req_to_token was changed"
-        found.append(Finding(**common, code=Code.INPUT_MUTATED, buffer="req_to_token", message=message))
+        found.append(replace(blank, buffer="req_to_token", message="req_to_token was changed"))
     if snapshot.host_mutated:
-        message = "the host mirror seq_lens_cpu was changed"
-        found.append(Finding(**common, code=Code.INPUT_MUTATED, buffer="seq_lens_cpu", message=message))
+        found.append(replace(blank, buffer="seq_lens_cpu", message="the host mirror seq_lens_cpu was changed"))
     if not found:
         raise RuntimeError("the comparison rejected the snapshot, but no wrong cell was found in it")
     return found
@@ -120,11 +125,13 @@ def _content(snapshot: Snapshot, step: int) -> dict[str, list[list[int]]]:
     for name, rows in expect(snapshot.case, snapshot.replay).buffers.items():
         place = snapshot.layout.places[step, replay.mode, bucket, name]
         starts = [place.offset + index * place.stride for index in range(len(rows))]
-        content[name] = [snapshot.after[start : start + row.live].tolist() for start, row in zip(starts, rows, strict=True)]
+        content[name] = [
+            snapshot.after[start : start + row.live].tolist() for start, row in zip(starts, rows, strict=True)
+        ]
     return content
 
 
-def _finding(snapshot: Snapshot, wrong: _Wrong, common: dict[str, object]) -> Finding:
+def _finding(snapshot: Snapshot, wrong: _Wrong, blank: Finding) -> Finding:
     index, zone = wrong.first, wrong.zone
     region = int(snapshot.classes[index])
     expected = int(snapshot.before[index]) if region == FRAME else int(snapshot.wanted[index])
@@ -135,8 +142,8 @@ def _finding(snapshot: Snapshot, wrong: _Wrong, common: dict[str, object]) -> Fi
         where = f"the guard zone behind {zone.name}, element {element[0]}"
     elif zone.mode is not None and (zone.mode, zone.bucket) != _own(snapshot):
         where += f" of the buffers of ({zone.mode}, bucket {zone.bucket})"
-    return Finding(
-        **common,  # type: ignore[arg-type]
+    return replace(
+        blank,
         code=wrong.code,
         step=zone.step,
         buffer=zone.name,

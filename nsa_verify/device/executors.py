@@ -18,11 +18,22 @@ TEMPORARY_POISON = POISON_LOW + 1234
 """What uninitialised integer memory of an implementation's own temporaries holds."""
 
 
+class ImplementationRaised(Exception):
+    """The implementation raised ``error``; any other exception out of a session is a fault of the checker."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Session(Protocol):
     """One implementation over one rig."""
 
     def replay(self, mode: Mode, bucket: int) -> None:
-        """Refresh the metadata of ``(mode, bucket)`` from the inputs that are in place."""
+        """Refresh the metadata of ``(mode, bucket)`` from the inputs that are in place.
+
+        Raises ``ImplementationRaised`` for whatever the implementation raises.
+        """
 
     def close(self) -> None:
         """Give back what the session holds. Must be called; may be called once."""
@@ -48,8 +59,11 @@ class EagerSession:
         """Call ``refresh`` once."""
         inputs = self._rig.inputs(mode, bucket)
         steps = self._rig.steps(mode, bucket, self._writes)
-        with PoisonTemporaries():
-            self._implementation.refresh(inputs, steps, self._rig.setup)
+        try:
+            with PoisonTemporaries():
+                self._implementation.refresh(inputs, steps, self._rig.setup)
+        except (Exception, SystemExit) as error:
+            raise ImplementationRaised(error) from error
 
     def close(self) -> None:
         """Nothing is held."""
@@ -82,7 +96,7 @@ _UNINITIALISED = frozenset(
 class PoisonTemporaries(TorchFunctionMode):
     """Fills what ``torch.empty`` and its kin return, so that copying it out is seen, and seen every time."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _UNINITIALISED and result.numel():
             _poison(result)

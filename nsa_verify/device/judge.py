@@ -10,8 +10,8 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from nsa_verify.core.case import Case
@@ -71,18 +71,18 @@ class Judge:
         setup = self.case.setup
         reasons = [implementation.not_applicable(setup, replay.mode) for replay in self.case.replays]
         served = [index for index, reason in enumerate(reasons) if reason is None]
-        named = {"implementation": implementation.name, "executor": executor.name}
+        said = Verdict(implementation=implementation.name, executor=executor.name, outcome=Outcome.NOT_APPLICABLE)
         if not served:
-            return Verdict(**named, outcome=Outcome.NOT_APPLICABLE, reason=str(reasons[0]))
+            return replace(said, reason=str(reasons[0]))
         if self._oracle_fault:
-            return Verdict(**named, outcome=Outcome.UNKNOWN, reason=self._oracle_fault)
+            return replace(said, outcome=Outcome.UNKNOWN, reason=self._oracle_fault)
         modes = tuple(dict.fromkeys(self.case.replays[index].mode for index in served))
         try:
             findings = self._findings(implementation, executor, served, repeat)
-        except Exception as error:
-            return Verdict(**named, outcome=Outcome.UNKNOWN, modes=modes, reason=_fault(error))
+        except Exception as error:  # noqa: BLE001 - whatever fails here, the verdict is unknown and says why
+            return replace(said, outcome=Outcome.UNKNOWN, modes=modes, reason=_fault(error))
         outcome = Outcome.DISAGREE if findings else Outcome.AGREE
-        return Verdict(**named, outcome=outcome, modes=modes, findings=tuple(findings))
+        return replace(said, outcome=outcome, modes=modes, findings=tuple(findings))
 
     def _check_oracle(self) -> str:
         for replay in range(len(self.case.replays)):
@@ -105,13 +105,10 @@ class Judge:
                 seen = "agreed" if failing_again is None and again.raised is None else "disagreed elsewhere"
                 first = findings[0]
                 message = f"run 1: {first.code} {first.message}; run {rerun + 1} {seen}"
-                unstable = {"code": Code.NOT_DETERMINISTIC, "message": message}
-                return [_replace(first, **unstable), *findings]
+                return [replace(first, code=Code.NOT_DETERMINISTIC, message=message), *findings]
         return findings
 
-    def _run(
-        self, implementation: Implementation, executor: Executor, served: list[int], repeat: bool
-    ) -> _Run:
+    def _run(self, implementation: Implementation, executor: Executor, served: list[int], repeat: bool) -> _Run:
         rig, case = self.rig, self.case
         rig.reset()
         rig.pool.restore()
@@ -124,7 +121,7 @@ class Judge:
                     rig.load(case, replay, values[replay])
                 try:
                     opened.replay(case.replays[replay].mode, case.bucket(replay))
-                except (Exception, SystemExit) as error:
+                except (Exception, SystemExit) as error:  # noqa: BLE001 - it is the finding
                     run.raised = error
                 run.served.append(replay)
                 run.snapshots.append(rig.arena.clone())
@@ -189,7 +186,7 @@ class Judge:
         if failing == len(run.served) - 1 and failing > 0 and run.served[failing - 1] == replay:
             first = findings[0]
             message = f"the first call was right; after a second with the same inputs: {first.message}"
-            findings.insert(0, _replace(first, code=Code.NOT_IDEMPOTENT, message=message))
+            findings.insert(0, replace(first, code=Code.NOT_IDEMPOTENT, message=message))
         return findings
 
     def _alone(self, implementation: Implementation, executor: Executor, replay: int) -> Tensor | None:
@@ -216,11 +213,7 @@ class Judge:
         )
 
 
-def _replace(finding: Finding, *, code: Code, message: str) -> Finding:
-    return msgspec.structs.replace(finding, code=code, message=message)
-
 
 def _fault(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"the check itself failed: {type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
-

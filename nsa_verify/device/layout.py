@@ -72,6 +72,9 @@ class InputPlace(NamedTuple):
 
 BufferKey = tuple[int, Mode, int, str]
 
+TWO_DIMENSIONAL: Final = (*TABLES, "paged_mqa_ctx_lens", "paged_mqa_schedule")
+"""The buffers whose elements have a row and a column, however few."""
+
 
 class ArenaLayout:
     """The arena of one setup. ``places`` covers every (step, mode, bucket, buffer), aliases included."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,18 @@ def _mix(row: Tensor, column: Tensor, seed: int) -> Tensor:
     return row * 1_103_515_245 + column * 1_597_334_677 + seed * 747_796_405
 
 
+class Difference(NamedTuple):
+    """Where an input outside the arena was changed first: the element, its values, and how many elements differ.
+
+    An element beyond the tensor's bounds lies in the memory beside it.
+    """
+
+    element: tuple[int, ...]
+    expected: int
+    got: int
+    count: int
+
+
 class Pool:
     """The memory of ``req_to_token`` under one setup. ``table`` is what implementations get."""
 
@@ -53,17 +67,18 @@ class Pool:
         return (self._memory != self._image).any()
 
     def restore(self) -> None:
-        """Undo what an implementation did to the memory."""
+        """Undo what an implementation did to the memory, or to the shape of the view it got."""
         self._memory.copy_(self._image)
+        self.table = self._view(self._memory)
 
-    def first_difference(self) -> tuple[int, int, int, int, int] | None:
-        """``(row, column, expected, got, count)`` of the memory's first difference; columns may lie in the gaps."""
+    def difference(self) -> Difference | None:
+        """Where the memory differs from what was filled in, if it does; columns may lie in the gaps between rows."""
         wrong = (self._memory != self._image).nonzero().flatten().tolist()
         if not wrong:
             return None
         at = wrong[0]
-        row, column = divmod(at - GUARD, self.setup.pool_row_stride)
-        return row, column, int(self._image[at]), int(self._memory[at]), len(wrong)
+        element = divmod(at - GUARD, self.setup.pool_row_stride)
+        return Difference(element, int(self._image[at]), int(self._memory[at]), len(wrong))
 
     def _view(self, memory: Tensor) -> Tensor:
         setup = self.setup

@@ -11,14 +11,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from nsa_verify.core.buffers import shapes
 from nsa_verify.core.case import Case, Mode, Setup
-from nsa_verify.core.implementation import MetadataBuffers, ReplayInputs
+from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, MetadataBuffers, ReplayInputs
 from nsa_verify.core.oracle import batch
 from nsa_verify.device.images import aliased_place, initial_image
-from nsa_verify.device.layout import InputPlace, Place, arena_layout
-from nsa_verify.device.pool import Pool
-
-_TWO_DIMENSIONAL = ("page_table_1", "real_page_table", "paged_mqa_ctx_lens", "paged_mqa_schedule")
+from nsa_verify.device.layout import TWO_DIMENSIONAL, InputPlace, Place, arena_layout
+from nsa_verify.device.pool import Difference, Pool
 
 
 class Rig:
@@ -30,13 +29,18 @@ class Rig:
         self.initial = torch.frombuffer(initial_image(setup), dtype=torch.int32).to(device, copy=True)
         self.arena = self.initial.clone()
         self.pool = Pool(setup, device)
-        self.host_seq_lens = torch.zeros(setup.buckets[-1] + setup.input_tail, dtype=getattr(torch, setup.seq_lens_dtype))
+        self.host_seq_lens = torch.zeros(
+            setup.buckets[-1] + setup.input_tail, dtype=getattr(torch, setup.seq_lens_dtype)
+        )
         self._buffers: dict[tuple[int, Mode, int, frozenset[str]], MetadataBuffers] = {}
         self._inputs: dict[tuple[Mode, int], ReplayInputs] = {}
 
     def reset(self) -> None:
-        """Poison everything again."""
+        """Poison everything again, and make new views: an implementation may have changed the shape of those it got."""
         self.arena.copy_(self.initial)
+        self.pool.restore()
+        self._buffers.clear()
+        self._inputs.clear()
 
     def load(self, case: Case, replay: int, expected: Tensor) -> None:
         """Put the inputs of replay number ``replay`` in place; ``expected`` is that replay's image on the device."""
@@ -56,8 +60,18 @@ class Rig:
         image[: len(lengths)] = torch.tensor(lengths, dtype=image.dtype)
         return image
 
+    def host_difference(self, case: Case, replay: int) -> Difference | None:
+        """Where the host mirror differs from what it must hold, if it does; costs no synchronisation."""
+        if not self.setup.host_lengths:
+            return None
+        image = self.host_image(case, replay)
+        if torch.equal(self.host_seq_lens, image):
+            return None
+        wrong = (self.host_seq_lens != image).nonzero().flatten().tolist()
+        return Difference((wrong[0],), int(image[wrong[0]]), int(self.host_seq_lens[wrong[0]]), len(wrong))
+
     def inputs(self, mode: Mode, bucket: int) -> ReplayInputs:
-        """The inputs of ``(mode, bucket)``: always the same tensors."""
+        """The inputs of ``(mode, bucket)``: the same tensors until ``reset``, the same addresses for ever."""
         found = self._inputs.get((mode, bucket))
         if found is None:
             found = self._inputs[mode, bucket] = self._make_inputs(mode, bucket)
@@ -91,9 +105,9 @@ class Rig:
         found = self._buffers.get(key)
         if found is None:
             views = {
-                name: self._view(name, place)
-                for (at, kind, size, name), place in self.layout.places.items()
-                if (at, kind, size) == (step, mode, bucket) and (not name.startswith("paged_mqa_") or name in writes)
+                name: self._view(name, self.layout.places[step, mode, bucket, name])
+                for name in shapes(self.setup, mode, bucket)
+                if name not in OPTIONAL_OUTPUTS or name in writes
             }
             if self.setup.page_size == 1:
                 views["real_page_table"] = views["page_table_1"]
@@ -101,7 +115,7 @@ class Rig:
         return found
 
     def _view(self, name: str, place: Place) -> Tensor:
-        if name in _TWO_DIMENSIONAL:
+        if name in TWO_DIMENSIONAL:
             return self.arena.as_strided((place.rows, place.columns), (place.stride, 1), place.offset)
         return self._flat(place)
 

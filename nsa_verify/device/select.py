@@ -25,9 +25,18 @@ def resolve(device: str) -> str:
     chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     if chosen == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         if "triton.language" in sys.modules:
-            raise DeviceError("Triton was imported before its interpreter was chosen; set TRITON_INTERPRET=1 for the CPU")
+            raise DeviceError(
+                "Triton was imported before its interpreter was chosen; set TRITON_INTERPRET=1 for the CPU"
+            )
         os.environ["TRITON_INTERPRET"] = "1"
     return chosen
+
+
+def single_thread() -> None:
+    """Keep torch to one thread: tensors are tiny, and workers share the cores."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def describe(device: str) -> str:

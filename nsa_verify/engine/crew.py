@@ -41,14 +41,15 @@ class Crew:
         future: Future[T] = Future()
         try:
             future.set_result(work(*args, **kwargs))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it reaches whoever asks for the result
             future.set_exception(error)
         return future
 
     def hello(self, plan: Plan) -> worker.Hello:
         """Have every worker start up, and return what they say. Raises what kept one from starting."""
         futures = [self.submit(worker.hello, plan) for _ in range(self.workers)]
-        return [future.result() for future in futures][0]
+        results = [future.result() for future in futures]
+        return results[0]
 
     def stop(self) -> None:
         """Ask the workers to end what they are doing with what they have."""

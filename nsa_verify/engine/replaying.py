@@ -38,7 +38,7 @@ class Replayed(Struct, frozen=True):
 
 
 def replay_saved(plan: Plan, paths: list[Path]) -> Iterator[Hello | Replayed]:
-    """Run the cases of ``paths`` again, in their order; first comes the ``Hello``. A bad file is an ERROR of its own."""
+    """Run the cases of ``paths`` again, in their order, after the ``Hello``. A bad file is an ERROR."""
     with Crew(plan.workers) as crew:
         said = crew.hello(plan)
         yield said

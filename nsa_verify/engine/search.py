@@ -51,7 +51,9 @@ def search(plan: Plan, keep: Keep, version: str, options: dict[str, str]) -> Ite
     began = time.perf_counter()
     with Crew(plan.workers) as crew:
         said = crew.hello(plan)
-        started = RunStarted(plan.seed, options, said.description, version, said.subjects, plan.max_examples, plan.workers)
+        started = RunStarted(
+            plan.seed, options, said.description, version, said.subjects, plan.max_examples, plan.workers
+        )
         yield started
         yield WorkersReady(time.perf_counter() - began)
         began = time.perf_counter()
@@ -135,7 +137,9 @@ def _disagreements(plan: Plan, crew: Crew, state: _State, keep: Keep) -> Iterato
 
 def _minimal(seen: Seen, result: ShrinkResult | None, note: str = "") -> Disagreement:
     if result is None:
-        return _as_drawn(seen.case, seen.finding, note or "its round, run again, agreed: the case is kept as it was drawn")
+        return _as_drawn(
+            seen.case, seen.finding, note or "its round, run again, agreed: the case is kept as it was drawn"
+        )
     unstable = "" if result.stable else "probes contradicted each other: the smallest case that disagreed is kept"
     unstable = "the shrink was interrupted" if result.stopped else unstable
     return Disagreement(

@@ -59,7 +59,7 @@ class Unjudged(Struct):
 
 
 class RoundResult(Struct):
-    """What a round gave. ``digest`` is a function of its cases and verdicts. ``stopped`` if it was cut short."""
+    """What a round gave; ``digest`` is a function of its cases and verdicts, ``stopped`` says it was cut short."""
 
     index: int
     cases: int
@@ -72,8 +72,10 @@ class RoundResult(Struct):
 
 
 class ShrinkResult(Struct):
-    """The smallest case of a signature. ``stable`` is False if probes contradicted each other, ``stopped`` if the shrink
-    was cut short."""
+    """The smallest case of a signature.
+
+    ``stable`` is False if probes contradicted each other, ``stopped`` says that the shrink was cut short.
+    """
 
     case: Case
     finding: Finding
@@ -91,7 +93,7 @@ _all_ready: Barrier | None = None
 
 def obey(stop: EventType, all_ready: Barrier) -> None:
     """Make this process a worker: the engine decides when to stop, not the terminal's Ctrl-C."""
-    global _stop, _all_ready  # noqa: PLW0603 - one worker, one process
+    global _stop, _all_ready
     _stop, _all_ready = stop, all_ready
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -108,12 +110,10 @@ def prepare(device: str, references: tuple[str, ...], only: tuple[str, ...]) -> 
 
     Raises ``DeviceError`` and ``ImplementationError``.
     """
-    import torch
-
-    from nsa_verify.device.select import resolve
+    from nsa_verify.device.select import resolve, single_thread
 
     chosen = resolve(device)
-    torch.set_num_threads(1)
+    single_thread()
     known = load(references)
     if missing := [name for name in only if name not in known]:
         raise ImplementationError(f"--only {missing[0]}: no such implementation; there are {', '.join(sorted(known))}")

@@ -42,7 +42,9 @@ def cli() -> None:
 @opt.together(opt.IMPL, opt.ONLY, opt.MODE, opt.EXECUTOR, opt.DEVICE)
 @click.option("-n", "--max-examples", type=click.IntRange(1), help="Cases to draw. [default: the profile's]")
 @click.option("--seed", type=click.IntRange(0), help="The same seed draws the same cases. [default: random]")
-@click.option("--max-time", default="0", metavar="TIME", help="Stop drawing after 90, 90s, 15m or 6h. [default: no limit]")
+@click.option(
+    "--max-time", default="0", metavar="TIME", help="Stop drawing after 90, 90s, 15m or 6h. [default: no limit]"
+)
 @click.option(
     "--profile",
     type=click.Choice(list(PROFILES)),
@@ -136,7 +138,9 @@ def _events(plan: Plan, root: Path) -> Iterator[Event]:
         chosen["max-time"] = f"{plan.max_time_s:g} s"
     if plan.only:
         chosen["only"] = ",".join(plan.only)
-    provenance = Provenance(version=__version__, seed=plan.seed, command=_command(), device=plan.device, impl=plan.references)
+    provenance = Provenance(
+        version=__version__, seed=plan.seed, command=_command(), device=plan.device, impl=plan.references
+    )
     try:
         yield from search(plan, lambda found: keep(found, root, provenance), __version__, chosen)
     except DeviceError as error:

@@ -106,11 +106,11 @@ class CaseItem(pytest.Item):
             if verdict.outcome is not Outcome.AGREE:
                 raise CaseFailed(self._entry.case, verdict)
 
-    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], *args: object) -> str:  # type: ignore[override]
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: object = None) -> str:
         """The case and the first difference, instead of a traceback through the checker."""
         if isinstance(excinfo.value, CaseFailed):
             return "\n".join(self._lines(excinfo.value))
-        return str(excinfo.getrepr(style="short"))
+        return str(super().repr_failure(excinfo))
 
     def _lines(self, failed: CaseFailed) -> Iterator[str]:
         from nsa_verify.shell.render import case_lines, finding_lines, title

@@ -18,7 +18,10 @@ MAX_ROWS = 12
 def columns(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
     """``rows`` as lines with aligned columns."""
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    return [(indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip() for row in rows]
+    return [
+        (indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]
 
 
 def setup_lines(setup: Setup) -> list[str]:
@@ -103,7 +106,14 @@ def title(code: Code) -> str:
 def explanation_lines(code: Code) -> list[str]:
     """What ``nsa-verify explain`` prints."""
     text = EXPLANATIONS[code]
-    return [f"{code}: {text.title}", "", text.meaning, "", f"Typical cause: {text.typical_cause}", f"Remedy: {text.remedy}"]
+    return [
+        f"{code}: {text.title}",
+        "",
+        text.meaning,
+        "",
+        f"Typical cause: {text.typical_cause}",
+        f"Remedy: {text.remedy}",
+    ]
 
 
 def cell_text(cell: Cell | None) -> str:

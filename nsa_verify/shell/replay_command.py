@@ -24,7 +24,9 @@ _STYLES = {Status.FIXED: "green", Status.FAILED: "bold red", Status.ERROR: "bold
 
 @click.command()
 @click.argument("path", required=False)
-@opt.together(opt.IMPL, opt.ONLY, opt.EXECUTOR, opt.DEVICE, opt.WORKERS, opt.NO_ISOLATION, opt.CORPUS, opt.JSON, opt.NO_COLOR)
+@opt.together(
+    opt.IMPL, opt.ONLY, opt.EXECUTOR, opt.DEVICE, opt.WORKERS, opt.NO_ISOLATION, opt.CORPUS, opt.JSON, opt.NO_COLOR
+)
 def replay(
     path: str | None,
     references: tuple[str, ...],
@@ -81,7 +83,11 @@ def _show(out: object, result: Replayed) -> None:
     assert isinstance(out, Console)
     judged = [verdict for verdict in result.verdicts if verdict.outcome in (Outcome.AGREE, Outcome.DISAGREE)]
     wrong = [verdict for verdict in judged if verdict.outcome is Outcome.DISAGREE]
-    say(out, f"{result.status:6} {result.path} ({len(judged) - len(wrong)} of {len(judged)} agree)", _STYLES[result.status])
+    say(
+        out,
+        f"{result.status:6} {result.path} ({len(judged) - len(wrong)} of {len(judged)} agree)",
+        _STYLES[result.status],
+    )
     if result.problem:
         say(out, f"       {result.problem}")
     for verdict in wrong:

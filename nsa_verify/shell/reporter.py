@@ -155,7 +155,9 @@ class TerminalReporter:
                 self._line(line)
         self._line()
         rate = event.cases / event.seconds if event.seconds else 0.0
-        self._line(f"{event.cases} cases in {event.seconds:.1f} s ({rate:.1f} cases/s), {event.stop}; digest {event.digest}")
+        self._line(
+            f"{event.cases} cases in {event.seconds:.1f} s ({rate:.1f} cases/s), {event.stop}; digest {event.digest}"
+        )
         if not event.signatures:
             self._line("no disagreement", "green" if event.cases else None)
             return

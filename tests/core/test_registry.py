@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,14 @@ def refresh(inputs, steps, setup):
 @pytest.fixture(autouse=True)
 def _nothing_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(declaring, "_registered", {})
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
 
 
 def _refresh(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup) -> None:
     """Does nothing; it is declared, not called."""
+
+
+def _another_refresh(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup) -> None:
+    """As ``_refresh``, under a name of its own."""
 
 
 def _file(folder: Path, text: str, name: str = "mine.py") -> str:
@@ -42,7 +44,7 @@ def _file(folder: Path, text: str, name: str = "mine.py") -> str:
 def test_a_file_registers_what_it_declares(tmp_path: Path) -> None:
     assert load_reference(_file(tmp_path, GOOD)) == ("mine",)
     mine = registered()["mine"]
-    assert (mine.modes, mine.extent, mine.block) == ({Mode.DECODE}, Extent.ROW, 64)
+    assert (mine.modes, mine.extent, mine.block) == (frozenset({Mode.DECODE}), Extent.ROW, 64)
     assert mine.source.startswith(str(tmp_path / "mine.py"))
 
 
@@ -52,12 +54,12 @@ def test_a_file_named_twice_is_loaded_once(tmp_path: Path) -> None:
 
 
 def test_a_module_and_a_name_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _file(tmp_path, GOOD, "my_module.py")
+    _file(tmp_path, GOOD, "module_of_test_registry.py")
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_reference("my_module") == ("mine",)
-    assert load_reference("my_module:mine") == ("mine",)
-    with pytest.raises(ImplementationError, match="my_module registers mine, not 'yours'"):
-        load_reference("my_module:yours")
+    assert load_reference("module_of_test_registry") == ("mine",)
+    assert load_reference("module_of_test_registry:mine") == ("mine",)
+    with pytest.raises(ImplementationError, match="module_of_test_registry registers mine, not 'yours'"):
+        load_reference("module_of_test_registry:yours")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_a_name_belongs_to_one_function() -> None:
     implementation("mine")(_refresh)
     implementation("mine")(_refresh)
     with pytest.raises(ValueError, match="two implementations are called 'mine'"):
-        implementation("mine")(lambda inputs, steps, setup: None)
+        implementation("mine")(_another_refresh)
 
 
 @pytest.mark.parametrize(
