@@ -1,4 +1,4 @@
-"""The built-in implementations: one file each, registered by import; naive beside fast, the same entry point everywhere.
+"""The built-in implementations: one file each, registered by import; naive beside fast, one entry point.
 
 None of them calls another, and none shares with another the code that computes a value: they are independent subjects
 of the same contract. Importing this package imports neither torch nor Triton; the names that engines use are fetched

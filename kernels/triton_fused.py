@@ -11,7 +11,6 @@ for overflow, runs several times faster. Nothing that varies with the batch is a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -22,7 +21,9 @@ from nsa_verify.core.case import CtxLens, Mode, Setup
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, MetadataBuffers, ReplayInputs, implementation
 
 _ROWS = 128
+"""Output rows per program, a lane each."""
 _REQUESTS = 32
+"""Requests that a program's search takes at a time."""
 
 # tl.sum and its like are functions of Triton code, and the interpreter patches the whole language at every such call
 # (0.8 ms); their combine functions given to tl.reduce are not called at all there.
@@ -35,15 +36,15 @@ _MAX = tl.standard._elementwise_max
     do_not_specialize_on_alignment=["extend_lens", "seq_lens", "out_expanded", "out_clamped"],
 )
 def _expand_ragged(
-    extend_lens: Any,  # [B]
-    extend_stride: Any,
-    seq_lens: Any,  # [B]
-    seq_stride: Any,
-    out_expanded: Any,  # [R]
-    out_clamped: Any,  # [R]
-    batch_size: Any,
-    rows: Any,
-    index_topk: Any,
+    extend_lens: tl.tensor,  # [B]
+    extend_stride: tl.tensor,
+    seq_lens: tl.tensor,  # [B]
+    seq_stride: tl.tensor,
+    out_expanded: tl.tensor,  # [R]
+    out_clamped: tl.tensor,  # [R]
+    batch_size: tl.tensor,
+    rows: tl.tensor,
+    index_topk: tl.tensor,
     ROWS: tl.constexpr,
     REQUESTS: tl.constexpr,
 ) -> None:
@@ -74,14 +75,14 @@ def _expand_ragged(
     do_not_specialize_on_alignment=["seq_lens", "out_expanded", "out_clamped"],
 )
 def _expand_uniform(
-    seq_lens: Any,  # [B]
-    seq_stride: Any,
-    out_expanded: Any,  # [B*N]
-    out_clamped: Any,  # [B*N]
-    rows: Any,
-    tokens: Any,
-    shift: Any,
-    index_topk: Any,
+    seq_lens: tl.tensor,  # [B]
+    seq_stride: tl.tensor,
+    out_expanded: tl.tensor,  # [B*N]
+    out_clamped: tl.tensor,  # [B*N]
+    rows: tl.tensor,
+    tokens: tl.tensor,
+    shift: tl.tensor,
+    index_topk: tl.tensor,
     ROWS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -118,6 +119,7 @@ def fill_draft_extend_metadata_fused_simple(
             nsa_index_topk,
             ROWS=_ROWS,
             REQUESTS=_REQUESTS,
+            num_warps=8,
         )
     return expanded, clamped
 

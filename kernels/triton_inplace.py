@@ -1,8 +1,9 @@
 """``triton-inplace``: stage 2. Triton kernels write straight into the frozen buffers, nothing is allocated or copied.
 
-Per step one launch for every length and prefix sum, one for the page tables, bounded by live lengths, and one for the
-schedule where it is kept. Grids depend on what is frozen at capture alone (bucket, N, W), ragged rows are masked by a
-total that stays on the device, so every mode can be captured.
+Per step one launch for the lengths, the prefix sums and the page tables (bounded by live lengths), and one for the
+schedule where it is kept. No program waits for another: each sums what lies before its own requests. Grids depend on
+what is frozen at capture alone (bucket, N, W) and the number of ragged rows stays on the device, so every mode can be
+captured.
 
 All four modes are one formula: with the KV length ``k[b]`` (the draft tokens included) and ``a[b]`` rows (1 in DECODE,
 N in the uniform modes), row ``off[b] + j`` is ``max(0, k[b] - a[b] + j + 1)``.
@@ -15,7 +16,6 @@ addresses are specialised on, so the number of compilations stays small and does
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -30,10 +30,13 @@ _COLUMNS = 128
 _LANES = 32
 """Pairs of request and token per program; at least as many as a request has."""
 _EARLIER = 512
+"""Lanes of earlier programs that are summed at a time."""
 _CHUNK = 1024
 """Columns of ``page_table_1`` per program, in tiles."""
 _BLOCK = 128
-_ENTRIES = 64
+"""Rows that the schedule's kernel takes at a time."""
+_ENTRIES = 32
+"""Entries of the schedule per program."""
 
 # tl.sum and its like are functions of Triton code, and the interpreter patches the whole language at every such call
 # (0.8 ms); their combine functions given to tl.reduce are not called at all there.
@@ -73,31 +76,31 @@ _MAX = tl.standard._elementwise_max
     ],
 )
 def _fill_metadata(
-    seq_lens: Any,  # [B]
-    seq_stride: Any,
-    accept_lens: Any,  # [B]; read if RAGGED
-    accept_stride: Any,
-    pool_indices: Any,  # [B]
-    pool_stride: Any,
-    req_to_token: Any,  # [pool_rows, pool_width]
-    token_stride: Any,
-    cache_seqlens: Any,  # [B]
-    cu_seqlens_k: Any,  # [B+1]
-    expanded: Any,  # [R]; in DECODE the memory of cache_seqlens, which then gets its own values once more
-    nsa_cache_seqlens: Any,  # [R]
-    nsa_cu_seqlens_k: Any,  # [R+1]
-    ctx_lens: Any,  # [B, N]; written if OWN_CTX_LENS
-    ctx_stride: Any,
-    page_table: Any,  # [R, W]
-    table_stride: Any,
-    real_table: Any,  # [R, ceil(W/p)]; written if PAGED
-    real_stride: Any,
-    batch_size: Any,
-    added: Any,
-    tokens: Any,
-    index_topk: Any,
-    width: Any,
-    page_size: Any,
+    seq_lens: tl.tensor,  # [B]
+    seq_stride: tl.tensor,
+    accept_lens: tl.tensor,  # [B]; read if RAGGED
+    accept_stride: tl.tensor,
+    pool_indices: tl.tensor,  # [B]
+    pool_stride: tl.tensor,
+    req_to_token: tl.tensor,  # [pool_rows, pool_width]
+    token_stride: tl.tensor,
+    cache_seqlens: tl.tensor,  # [B]
+    cu_seqlens_k: tl.tensor,  # [B+1]
+    expanded: tl.tensor,  # [R]; in DECODE the memory of cache_seqlens, which then gets its own values once more
+    nsa_cache_seqlens: tl.tensor,  # [R]
+    nsa_cu_seqlens_k: tl.tensor,  # [R+1]
+    ctx_lens: tl.tensor,  # [B, N]; written if OWN_CTX_LENS
+    ctx_stride: tl.tensor,
+    page_table: tl.tensor,  # [R, W]
+    table_stride: tl.tensor,
+    real_table: tl.tensor,  # [R, ceil(W/p)]; written if PAGED
+    real_stride: tl.tensor,
+    batch_size: tl.tensor,
+    added: tl.tensor,
+    tokens: tl.tensor,
+    index_topk: tl.tensor,
+    width: tl.tensor,
+    page_size: tl.tensor,
     RAGGED: tl.constexpr,
     WHOLE: tl.constexpr,  # False: only expanded and nsa_cache_seqlens
     PAGED: tl.constexpr,
@@ -109,6 +112,7 @@ def _fill_metadata(
     CHUNK: tl.constexpr,
 ) -> None:
     # A lane is a pair of request and token, TOKENS lanes a request; it is defined if the request has that many rows.
+    # A running count of defined lanes is then a lane's row, whatever the requests' numbers of rows are.
     first_lane = tl.program_id(0).to(tl.int64) * LANES
     chunk = tl.program_id(1)
     rows = tl.full((), 0, tl.int64)
@@ -119,9 +123,7 @@ def _fill_metadata(
         request = lane // TOKENS
         token = lane % TOKENS
         held = lane < first_lane
-        accept = tokens
-        if RAGGED:
-            accept = tl.load(accept_lens + request * accept_stride, mask=held, other=0).to(tl.int64)
+        accept = tl.load(accept_lens + request * accept_stride, mask=held, other=0).to(tl.int64) if RAGGED else tokens
         counted = (held & (token < accept)).to(tl.int64)
         rows += tl.reduce(counted, 0, _SUM)
         if WHOLE:
@@ -135,10 +137,7 @@ def _fill_metadata(
     token = lane % TOKENS
     held = request < batch_size
     kv_len = tl.load(seq_lens + request * seq_stride, mask=held).to(tl.int64) + added
-    if RAGGED:
-        accept = tl.load(accept_lens + request * accept_stride, mask=held).to(tl.int64)
-    else:
-        accept = tokens
+    accept = tl.load(accept_lens + request * accept_stride, mask=held).to(tl.int64) if RAGGED else tokens
     defined = held & (token < accept)
     counted = defined.to(tl.int64)
     end = tl.associative_scan(counted, 0, _SUM) + rows
@@ -183,14 +182,14 @@ def _fill_metadata(
     do_not_specialize_on_alignment=["ctx_lens", "accept_lens", "schedule"],
 )
 def _fill_schedule(
-    ctx_lens: Any,  # [rows]
-    accept_lens: Any,  # [B]; read if RAGGED
-    accept_stride: Any,
-    schedule: Any,  # [num_sms+1, 2]
-    schedule_stride: Any,
-    batch_size: Any,
-    rows: Any,
-    num_sms: Any,
+    ctx_lens: tl.tensor,  # [rows]
+    accept_lens: tl.tensor,  # [B]; read if RAGGED
+    accept_stride: tl.tensor,
+    schedule: tl.tensor,  # [num_sms+1, 2]
+    schedule_stride: tl.tensor,
+    batch_size: tl.tensor,
+    rows: tl.tensor,
+    num_sms: tl.tensor,
     RAGGED: tl.constexpr,
     BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
@@ -253,9 +252,10 @@ def fill_draft_extend_metadata_inplace(
     total_tokens, longest = torch.stack((extend_seq_lens.sum(), extend_seq_lens.max())).tolist()
     for name, out in (("out_seqlens_expanded", out_seqlens_expanded), ("out_nsa_cache_seqlens", out_nsa_cache_seqlens)):
         if out.dtype != torch.int32 or out.dim() != 1 or out.stride(0) != 1:
-            raise ValueError(f"{name} must be a contiguous 1-D int32 tensor, not {out.dtype} of shape {list(out.shape)}")
+            raise ValueError(f"{name} is {out.dtype} of shape {list(out.shape)}, not contiguous, 1-D and int32")
         if out.shape[0] < total_tokens:
-            raise ValueError(f"{name} holds {out.shape[0]} rows, the batch expands to {total_tokens}; nothing was written")
+            needed = f"the batch expands to {total_tokens}; nothing was written"
+            raise ValueError(f"{name} holds {out.shape[0]} rows, {needed}")
     if total_tokens:
         bound = triton.next_power_of_2(longest)
         lanes = max(_LANES, bound)
@@ -285,6 +285,7 @@ def fill_draft_extend_metadata_inplace(
             EARLIER=_EARLIER,
             COLUMNS=_COLUMNS,
             CHUNK=_CHUNK,
+            num_warps=8,
         )
     return int(total_tokens)
 
@@ -339,6 +340,7 @@ def _refresh_step(inputs: ReplayInputs, step: MetadataBuffers, setup: Setup) -> 
         EARLIER=_EARLIER,
         COLUMNS=_COLUMNS,
         CHUNK=_CHUNK,
+        num_warps=8,
     )
     if step.paged_mqa_schedule is not None:
         own_ctx_lens = setup.ctx_lens is CtxLens.OWN and mode is Mode.TARGET_VERIFY
@@ -354,4 +356,5 @@ def _refresh_step(inputs: ReplayInputs, step: MetadataBuffers, setup: Setup) -> 
             RAGGED=ragged,
             BLOCK=_BLOCK,
             ENTRIES=_ENTRIES,
+            num_warps=8,
         )

@@ -3,19 +3,29 @@
 ``import nsa_verify`` imports no torch; ``verify`` does when it is called.
 """
 
+from nsa_verify.core import oracle
 from nsa_verify.core.case import Case, CtxLens, Layout, Mode, Replay, Request, Setup, SlotKind
 from nsa_verify.core.findings import Code, Finding, Outcome, Verdict
-from nsa_verify.core.implementation import Extent, Implementation, MetadataBuffers, ReplayInputs, implementation
+from nsa_verify.core.implementation import (
+    Extent,
+    Implementation,
+    MetadataBuffers,
+    Refresh,
+    ReplayInputs,
+    implementation,
+)
 
 __version__ = "0.1.0"
 
 
-def verify(case: Case, implementation: Implementation | str, executor: str = "eager", device: str = "auto") -> Verdict:
+def verify(
+    case: Case, implementation: Implementation | Refresh | str, executor: str = "eager", device: str = "auto"
+) -> Verdict:
     """Run ``case`` through one implementation and judge every byte it leaves.
 
-    ``implementation`` is a registered ``Implementation`` or its name (built in, or given to ``@implementation``).
+    ``implementation`` is an ``Implementation``, a function decorated with ``@implementation``, or a registered name.
     ``executor`` is ``eager``; ``device`` is ``auto``, ``cpu`` or ``cuda``. Raises ``nsa_verify.device.DeviceError`` if
-    the device cannot be had, ``KeyError`` for a name that nobody registered.
+    the device cannot be had, ``ImplementationError`` for what nobody registered, ``ValueError`` for another executor.
     """
     from nsa_verify.device.judge import verify as judge
 
@@ -41,5 +51,6 @@ __all__ = [
     "Verdict",
     "__version__",
     "implementation",
+    "oracle",
     "verify",
 ]

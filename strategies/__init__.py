@@ -1,4 +1,4 @@
-"""Hypothesis strategies that draw ``Case``s: few choices each, valid by construction, shrinking to small readable cases."""
+"""Hypothesis strategies that draw ``Case``s: few choices each, valid by construction, shrinking to readable cases."""
 
 from nsa_verify.strategies.cases import cases
 from nsa_verify.strategies.lengths import boundaries, lengths

@@ -11,6 +11,7 @@ from nsa_verify.core.case import Mode, Setup, longest, shortest
 from nsa_verify.strategies.choice import near
 from nsa_verify.strategies.swarm import Feature, Swarm
 
+MOST_MULTIPLES = 256
 TILES = (128, 256)
 """Columns and tokens that kernels and the paged-MQA schedule work in."""
 
@@ -19,7 +20,8 @@ def boundaries(setup: Setup, mode: Mode) -> tuple[int, ...]:
     """The ``seq_len`` values, ascending, at which the metadata of ``mode`` changes its shape.
 
     1, fill, N-1..N+1; the lengths that put an expanded row at K-1..K+1; those whose KV length is a multiple of p or of
-    a tile of 128 or 256, give or take one; W-N..W+N; the end of the pool row. Only those that a real request may have.
+    a tile of 128 or 256 (in very wide tables: of many of them), give or take one; W-N..W+N; the end of the pool row.
+    Only those that a real request may have.
     """
     special, multiples = _boundaries(setup, mode)
     return tuple(sorted({*special, *multiples}))
@@ -38,11 +40,21 @@ def _boundaries(setup: Setup, mode: Mode) -> tuple[tuple[int, ...], tuple[int, .
     special.update(range(setup.index_topk - 1 - before, setup.index_topk + 1 + after))
     multiples: set[int] = set()
     for unit in {setup.page_size, *TILES} - {1}:
-        for multiple in range(unit, end + before + 2, unit):
+        for multiple in _multiples(unit, end + before + 1):
             multiples.update((multiple - 1, multiple, multiple + 1))
             if verify:
                 multiples.update((multiple - tokens - 1, multiple - tokens, multiple - tokens + 1))
     return _legal(special, end), _legal(multiples, end)
+
+
+def _multiples(unit: int, most: int) -> Iterable[int]:
+    """The multiples of ``unit`` up to ``most``; where they are very many, the outer ones and some between."""
+    every = range(unit, most + 1, unit)
+    if len(every) <= MOST_MULTIPLES:
+        return every
+    outer = MOST_MULTIPLES // 4
+    between = every[outer:-outer]
+    return (*every[:outer], *between[:: len(between) // (2 * outer)], *every[-outer:])
 
 
 def _legal(values: Iterable[int], end: int) -> tuple[int, ...]:
@@ -73,9 +85,7 @@ def _favourites(setup: Setup, mode: Mode, low: int, high: int) -> tuple[int, ...
     return tuple(value for value in special * repeats + multiples if low <= value <= high)
 
 
-def lengths(
-    setup: Setup, mode: Mode, accept_len: int = 1, swarm: Swarm | None = None
-) -> st.SearchStrategy[int]:
+def lengths(setup: Setup, mode: Mode, accept_len: int = 1, swarm: Swarm | None = None) -> st.SearchStrategy[int]:
     """``seq_len`` of a real request that accepted ``accept_len`` tokens, at least half of the time at a boundary.
 
     It shrinks to the exact threshold of a predicate. ``accept_len`` matters in DRAFT_EXTEND only.

@@ -7,7 +7,6 @@ from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple
 
-import msgspec
 from hypothesis import strategies as st
 
 from nsa_verify.core.case import MAX_REPLAYS, Mode, Replay, Request, Setup, SlotKind
@@ -69,7 +68,7 @@ def draw_replays(
 ) -> tuple[Replay, ...]:
     """Draw the replays of a case."""
     mode = pick(draw, modes)
-    choices = (mode,)
+    choices: tuple[Mode, ...] = (mode,)
     if Feature.MODE_SWITCHES in swarm:
         choices = (mode,) * 4 + tuple(other for other in modes if other is not mode)
     bucket = None if Feature.BUCKET_SWITCHES in swarm else pick(draw, setup.buckets)
@@ -132,4 +131,5 @@ def _continue(setup: Setup, before: Replay, drawn: Replay, swarm: Swarm) -> Repl
         seq_len = min(max(request.seq_len + accept_len, low), high)
         kept = accept_len if drawn.mode is Mode.DRAFT_EXTEND else 1
         batch.append(Request(seq_len, request.pool_row, kept))
-    return msgspec.structs.replace(drawn, requests=tuple(batch))
+    padding = drawn.padded_accept_len, drawn.padded_pool_row
+    return Replay(drawn.mode, tuple(batch), drawn.slots, drawn.pool_seed, *padding)

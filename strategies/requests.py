@@ -6,7 +6,6 @@ from enum import IntEnum
 from itertools import cycle, islice
 from typing import NamedTuple
 
-import msgspec
 from hypothesis import strategies as st
 
 from nsa_verify.core.case import Mode, Request, Setup, longest, shortest
@@ -60,9 +59,7 @@ def _requests(
     return () if empty else batch
 
 
-def draw_requests(
-    draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm, bucket: int | None
-) -> tuple[Request, ...]:
+def draw_requests(draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm, bucket: int | None) -> tuple[Request, ...]:
     """Draw a batch that is not empty, unless no real request fits."""
     if shortest(setup, mode, 1) > longest(setup, mode):
         return ()
@@ -76,9 +73,9 @@ def draw_requests(
         size += below(draw, most - size + 1)
     batch = list(islice(cycle(drawn), size))
     if Feature.POOL_ROWS not in swarm:
-        batch = [msgspec.structs.replace(it, pool_row=index % setup.pool_rows) for index, it in enumerate(batch)]
+        batch = [Request(it.seq_len, index % setup.pool_rows, it.accept_len) for index, it in enumerate(batch)]
     if accepts.pattern is Pattern.ALMOST_UNIFORM:
-        batch[-1] = msgspec.structs.replace(batch[-1], accept_len=accepts.last)
+        batch[-1] = Request(batch[-1].seq_len, batch[-1].pool_row, accepts.last)
     return tuple(batch)
 
 

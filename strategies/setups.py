@@ -73,7 +73,7 @@ def draw_setup(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
         pool_rows=pool_rows,
         pool_width=pool_width,
         pool_row_stride=pool_width + pool_extra,
-        num_steps=pick(draw, _sizes(limits.steps)) if Feature.SEVERAL_STEPS in swarm else 1,
+        num_steps=pick(draw, _step_counts(limits.steps)) if Feature.SEVERAL_STEPS in swarm else 1,
         buckets=buckets,
         fill_seq_len=fill,
         num_sms=num_sms,
@@ -116,6 +116,12 @@ def _large_buckets(limits: Limits) -> tuple[tuple[int, bool], ...]:
     return tuple((size, per_token) for per_token in (False, True) for size in sizes)
 
 
+@lru_cache(maxsize=16)
+def _step_counts(most: int) -> tuple[int, ...]:
+    """1..most, mostly 1 and 2: every implementation does its work once a step."""
+    return tuple(count for count in range(1, most + 1) for _ in range({1: 8, 2: 5, 3: 3}.get(count, 1)))
+
+
 def _pool_width(draw: st.DrawFn, tokens: int, page_size: int, top_k: int, many: bool, limits: Limits) -> int:
     low, high = tokens + 1, limits.many_rows_width if many else limits.width
     if top_k == LARGE_TOP_K and not many:
@@ -141,6 +147,13 @@ def _table_width(draw: st.DrawFn, tokens: int, pool_width: int, swarm: Swarm) ->
     return max(least, pool_width - fewer)
 
 
+_DTYPES: tuple[tuple[IntType, IntType], ...] = (
+    ("int32", "int64"),
+    ("int32", "int32"),
+    ("int64", "int64"),
+    ("int64", "int32"),
+)
+"""Of ``seq_lens`` and of ``req_pool_indices``."""
 _INPUT_FEATURES = frozenset(
     {
         Feature.SEQ_LENS_LAYOUT,
@@ -153,17 +166,16 @@ _INPUT_FEATURES = frozenset(
 
 
 def _inputs(draw: st.DrawFn, swarm: Swarm) -> _Inputs:
-    layout, tail, seq_lens_dtype, pool_index_dtype, aliased, host_lengths = _Inputs()
+    plain = _Inputs()
     if swarm.features.isdisjoint(_INPUT_FEATURES) or not chance(draw, 6):
-        return _Inputs()
+        return plain
+    layout, tail, seq_lens_dtype, pool_index_dtype, aliased, host_lengths = plain
     if Feature.SEQ_LENS_LAYOUT in swarm:
         layout = pick(draw, (Layout.CONTIGUOUS, Layout.CONTIGUOUS, Layout.STRIDED, Layout.OFFSET))
     if Feature.INPUT_TAIL in swarm:
         tail = pick(draw, (0, 0, 1, 3))
     if Feature.INTEGER_WIDTHS in swarm:
-        dtypes: tuple[tuple[IntType, IntType], ...]
-        dtypes = (("int32", "int64"), ("int32", "int32"), ("int64", "int64"), ("int64", "int32"))
-        seq_lens_dtype, pool_index_dtype = pick(draw, dtypes)
+        seq_lens_dtype, pool_index_dtype = pick(draw, _DTYPES)
     if Feature.ALIASED_SEQ_LENS in swarm:
         wanted = pick(draw, (False, True, True))
         aliased = wanted and layout is Layout.CONTIGUOUS and tail == 0 and seq_lens_dtype == "int32"

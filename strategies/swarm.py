@@ -68,7 +68,7 @@ class Swarm:
         return cls(frozenset(Feature))
 
     @classmethod
-    def for_round(cls, seed: int, round: int) -> Swarm:  # the word that users see
+    def for_round(cls, seed: int, round: int) -> Swarm:  # noqa: A002  # the word that users see
         """What is on in ``round`` of a run with ``seed``: a function of these two, the same in every process.
 
         Everything in round 0; later each feature with probability ``ON_PROBABILITY``.

@@ -19,6 +19,7 @@ MAX_DRAFT_TOKENS: Final = 8
 MAX_REPLAYS: Final = 8
 MAX_STEPS: Final = 8
 MAX_TABLE_WIDTH: Final = 1 << 20
+INT32_MAX: Final = 2**31 - 1
 PAGE_SIZES: Final = (1, 16, 32, 64, 128)
 SLOT_MODULUS: Final = 2**31 - 1
 """Slots are below this prime, so they are non-negative int32 and collide rarely."""
@@ -69,7 +70,21 @@ def _refuse(field: str, value: object, why: str) -> NoReturn:
     raise ValueError(f"{field} = {value!r}: {why}")
 
 
+def _settle(it: Struct, field: str, kind: type) -> None:
+    """Take a list for a tuple, and an enum's value for its member, as code written by hand gives them."""
+    value = getattr(it, field)
+    if type(value) is kind:
+        return
+    try:
+        msgspec.structs.force_setattr(it, field, kind(value))
+    except (TypeError, ValueError):
+        names = f" ({', '.join(kind)})" if issubclass(kind, StrEnum) else ""
+        _refuse(field, value, f"must be a {kind.__name__}{names}")
+
+
 def _between(field: str, value: int, low: int, high: int) -> None:
+    if type(value) is not int:
+        _refuse(field, value, "must be an integer")
     if not low <= value <= high:
         _refuse(field, value, f"must be between {low} and {high}")
 
@@ -113,8 +128,14 @@ class Setup(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Whether the backend keeps ``paged_mqa_schedule``."""
 
     def __post_init__(self) -> None:
+        for field, kind in (("buckets", tuple), ("layout", Layout), ("ctx_lens", CtxLens)):
+            _settle(self, field, kind)
+        for field in ("seq_lens_dtype", "pool_index_dtype"):
+            if getattr(self, field) not in ("int32", "int64"):
+                _refuse(field, getattr(self, field), "must be int32 or int64")
         _between("num_draft_tokens", self.num_draft_tokens, 1, MAX_DRAFT_TOKENS)
         _between("index_topk", self.index_topk, 1, 2**31 - 1)
+        _between("page_size", self.page_size, 1, PAGE_SIZES[-1])
         if self.page_size not in PAGE_SIZES:
             _refuse("page_size", self.page_size, f"must be one of {', '.join(map(str, PAGE_SIZES))}")
         _between("pool_rows", self.pool_rows, 1, 1 << 20)
@@ -187,6 +208,8 @@ class Replay(Struct, frozen=True, forbid_unknown_fields=True):
     """``req_pool_indices`` of padded rows: 0, or stale but in range."""
 
     def __post_init__(self) -> None:
+        for field, kind in (("requests", tuple), ("mode", Mode), ("slots", SlotKind)):
+            _settle(self, field, kind)
         _between("pool_seed", self.pool_seed, 0, 65_535)
 
 
@@ -197,6 +220,7 @@ class Case(Struct, frozen=True, forbid_unknown_fields=True):
     replays: tuple[Replay, ...]
 
     def __post_init__(self) -> None:
+        _settle(self, "replays", tuple)
         _between("number of replays", len(self.replays), 1, MAX_REPLAYS)
         for index, replay in enumerate(self.replays):
             self._check_replay(f"replays[{index}]", replay)
@@ -212,6 +236,7 @@ class Case(Struct, frozen=True, forbid_unknown_fields=True):
         _between(f"{where}.padded_pool_row", replay.padded_pool_row, 0, setup.pool_rows - 1)
         for index, request in enumerate(replay.requests):
             self._check_request(f"{where}.requests[{index}]", replay.mode, request)
+        self._check_sums(where, replay)
 
     def _check_request(self, where: str, mode: Mode, request: Request) -> None:
         setup = self.setup
@@ -224,6 +249,16 @@ class Case(Struct, frozen=True, forbid_unknown_fields=True):
         if request.seq_len > most:
             reason = f"longer than its pool row holds (pool_width = {setup.pool_width}, at most {most} in {mode})"
             _refuse(f"{where}.seq_len", request.seq_len, reason)
+
+    def _check_sums(self, where: str, replay: Replay) -> None:
+        """The prefix sums of the longest mode must fit int32, the padded rows included."""
+        setup = self.setup
+        tokens = setup.num_draft_tokens
+        kv_lens = [request.seq_len + tokens for request in replay.requests]
+        kv_lens += [setup.fill_seq_len + tokens] * (setup.buckets[-1] - len(kv_lens))
+        largest = max(sum(kv_lens), tokens * sum(min(length, setup.index_topk) for length in kv_lens))
+        if largest > INT32_MAX:
+            _refuse(f"{where}.requests", f"lengths whose prefix sum reaches {largest}", "prefix sums must fit int32")
 
     def bucket(self, replay: int) -> int:
         """The captured batch size that serves replay number ``replay``."""

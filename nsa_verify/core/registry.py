@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
 
-from nsa_verify.core.implementation import Implementation, registered
+from nsa_verify.core.implementation import Implementation, Refresh, registered
 
 ENTRY_POINT_GROUP: Final = "nsa_verify.implementations"
 
@@ -35,6 +35,20 @@ def load(references: Iterable[str] = ()) -> dict[str, Implementation]:
     for reference in references:
         load_reference(reference)
     return registered()
+
+
+def find(wanted: Refresh | str) -> Implementation:
+    """The implementation of a name, or of a decorated function. Raises ``ImplementationError`` if there is none."""
+    known = registered()
+    if isinstance(wanted, str):
+        known = known if wanted in known else load()
+        if wanted not in known:
+            raise ImplementationError(f"{wanted}: no such implementation; there are {', '.join(sorted(known))}")
+        return known[wanted]
+    for it in known.values():
+        if it.refresh is wanted:
+            return it
+    raise ImplementationError(f"{wanted!r} is no implementation; decorate it with @nsa_verify.implementation(name)")
 
 
 def load_builtin() -> None:
@@ -98,9 +112,10 @@ def _import(reference: str, load_it: object) -> object:
         return load_it()  # type: ignore[operator]
     except ImplementationError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        at = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (frame.filename, frame.lineno)
+        where = f"{Path(at[0] or '?').name}:{at[1]}"
         lines = str(error).splitlines() or [""]
         raise ImplementationError(
             f"--impl {reference}: importing it raised {type(error).__name__}: {lines[0]} ({where}); mend that line"

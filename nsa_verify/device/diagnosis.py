@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -13,7 +13,8 @@ from nsa_verify.core.findings import Cell, Code, Finding
 from nsa_verify.core.invariants import LENGTHS, PREFIX_SUMS, violations
 from nsa_verify.core.oracle import Region, expect
 from nsa_verify.device.images import FRAME, LIVE, SLACK
-from nsa_verify.device.layout import ArenaLayout, Zone, is_poison
+from nsa_verify.device.layout import TWO_DIMENSIONAL, ArenaLayout, InputPlace, Zone, is_poison
+from nsa_verify.device.pool import Difference
 
 WINDOW = 4
 """Cells shown on either side of the first difference."""
@@ -32,8 +33,8 @@ class Snapshot:
     classes: Tensor
     before: Tensor
     after: Tensor
-    pool_mutated: bool
-    host_mutated: bool
+    inputs: Mapping[str, Difference | None]
+    """What was changed in the inputs that lie outside the arena."""
 
 
 @dataclass(slots=True)
@@ -61,10 +62,7 @@ def diagnose(snapshot: Snapshot, implementation: str, executor: str, alone: Tens
         mode=case.replays[replay].mode,
     )
     found = [_finding(snapshot, wrong, blank) for wrong in _group(snapshot, alone)]
-    if snapshot.pool_mutated:
-        found.append(replace(blank, buffer="req_to_token", message="req_to_token was changed"))
-    if snapshot.host_mutated:
-        found.append(replace(blank, buffer="seq_lens_cpu", message="the host mirror seq_lens_cpu was changed"))
+    found += [_outside(case, name, it, blank) for name, it in snapshot.inputs.items() if it is not None]
     if not found:
         raise RuntimeError("the comparison rejected the snapshot, but no wrong cell was found in it")
     return found
@@ -136,10 +134,12 @@ def _finding(snapshot: Snapshot, wrong: _Wrong, blank: Finding) -> Finding:
     region = int(snapshot.classes[index])
     expected = int(snapshot.before[index]) if region == FRAME else int(snapshot.wanted[index])
     got = int(snapshot.after[index])
-    element = _element(zone, index)
-    where = f"{zone.name}[{', '.join(map(str, element))}]"
+    element = _element(snapshot.layout, zone, index)
+    where = f"{zone.name}[{_comma(element)}]"
     if zone.kind == "guard":
         where = f"the guard zone behind {zone.name}, element {element[0]}"
+    elif zone.kind == "input" and _is_beside(snapshot.layout.inputs[zone.name], index):
+        where = f"the memory beside {where}"
     elif zone.mode is not None and (zone.mode, zone.bucket) != _own(snapshot):
         where += f" of the buffers of ({zone.mode}, bucket {zone.bucket})"
     return replace(
@@ -158,6 +158,33 @@ def _finding(snapshot: Snapshot, wrong: _Wrong, blank: Finding) -> Finding:
     )
 
 
+def _outside(case: Case, name: str, difference: Difference, blank: Finding) -> Finding:
+    """The finding for an input that does not lie in the arena."""
+    if not difference.element:
+        return replace(blank, buffer=name, region="input", message=f"{name} was changed, and not when it was run again")
+    expected, got = difference.expected, difference.got
+    where = f"{name}[{_comma(difference.element)}]"
+    if name == "req_to_token":
+        row, column = difference.element
+        inside = 0 <= row < case.setup.pool_rows and column < case.setup.pool_width
+        where = where if inside else f"the memory beside {where}"
+    return replace(
+        blank,
+        buffer=name,
+        element=difference.element,
+        region="input",
+        expected=expected,
+        got=got,
+        before=expected,
+        count=difference.count,
+        message=f"{where}: expected {_show(expected)}, got {_show(got)}",
+    )
+
+
+def _comma(element: tuple[int, ...]) -> str:
+    return ", ".join(map(str, element))
+
+
 def _own(snapshot: Snapshot) -> tuple[object, object]:
     return snapshot.case.replays[snapshot.replay].mode, snapshot.case.bucket(snapshot.replay)
 
@@ -166,23 +193,35 @@ def _show(value: int) -> str:
     return "poison" if is_poison(value) else str(value)
 
 
-def _element(zone: Zone, index: int) -> tuple[int, ...]:
-    """Row and column in tables and other 2-D buffers, otherwise the position in the zone."""
+def _element(layout: ArenaLayout, zone: Zone, index: int) -> tuple[int, ...]:
+    """Row and column in tables and other 2-D buffers, the element of an input, otherwise the position in the zone."""
+    if zone.kind == "input":
+        place = layout.inputs[zone.name]
+        return ((index - place.offset) // (place.words * place.stride),)
     at = index - zone.start
-    two_dimensional = zone.stride and zone.end - zone.start > zone.columns
-    return divmod(at, zone.stride) if two_dimensional else (at,)
+    return divmod(at, zone.stride) if zone.kind == "buffer" and zone.name in TWO_DIMENSIONAL else (at,)
+
+
+def _is_beside(place: InputPlace, index: int) -> bool:
+    """Whether arena element ``index`` lies before the input, or in the gap that its stride leaves."""
+    return index < place.offset or (index - place.offset) % (place.words * place.stride) >= place.words
 
 
 def _window(snapshot: Snapshot, zone: Zone, index: int) -> Iterator[Cell]:
     """The cells around ``index`` in its zone, and for tables in its row."""
-    low, high = zone.start, zone.end
+    low, high, unit = zone.start, zone.end, 1
     if zone.kind == "buffer" and zone.stride:
         low = index - (index - zone.start) % zone.stride
         high = min(zone.end, low + zone.stride)
-    for at in range(max(low, index - WINDOW), min(high, index + WINDOW + 1)):
+    if zone.kind == "input":
+        place = snapshot.layout.inputs[zone.name]
+        unit = place.words * place.stride
+    for at in range(index - WINDOW * unit, index + WINDOW * unit + 1, unit):
+        if not low <= at < high:
+            continue
         region, got = int(snapshot.classes[at]), int(snapshot.after[at])
         before, wanted = int(snapshot.before[at]), int(snapshot.wanted[at])
         allowed = (region != FRAME and got == wanted) or (region != LIVE and got == before)
         expected = before if region == FRAME else wanted
         name = zone.kind if zone.kind != "buffer" else _REGIONS[region].value
-        yield Cell(_element(zone, at), name, expected, got, not allowed)
+        yield Cell(_element(snapshot.layout, zone, at), name, expected, got, not allowed)

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from nsa_verify.core.case import Case
 from nsa_verify.core.findings import SEVERITY, Code, Finding, Outcome, Verdict
-from nsa_verify.core.implementation import Implementation, registered
+from nsa_verify.core.implementation import Implementation, Refresh
 from nsa_verify.core.invariants import content_of, violations
 from nsa_verify.core.oracle import expect
+from nsa_verify.core.registry import find
 from nsa_verify.device.diagnosis import Snapshot, diagnose
-from nsa_verify.device.executors import EXECUTORS, Executor, session
+from nsa_verify.device.executors import EXECUTORS, Executor, ImplementationRaised, session
 from nsa_verify.device.images import FRAME, LIVE, ImageKey, paint
+from nsa_verify.device.pool import Difference
 from nsa_verify.device.rig import rig_for
 from nsa_verify.device.select import resolve
 
@@ -29,15 +31,13 @@ RERUNS = 2
 """How often a case that disagrees is run again to see whether it does so every time."""
 
 
-def verify(case: Case, implementation: Implementation | str, executor: str = "eager", device: str = "auto") -> Verdict:
+def verify(
+    case: Case, implementation: Implementation | Refresh | str, executor: str = "eager", device: str = "auto"
+) -> Verdict:
     """Run ``case`` and judge it; see ``nsa_verify.verify``."""
     chosen = resolve(device)
-    if isinstance(implementation, str):
-        if implementation not in registered():
-            from nsa_verify.core.registry import load
-
-            load()
-        implementation = registered()[implementation]
+    if not isinstance(implementation, Implementation):
+        implementation = find(implementation)
     if executor not in EXECUTORS:
         raise ValueError(f"executor {executor!r}: must be one of {', '.join(EXECUTORS)}")
     return Judge(case, chosen).judge(implementation, EXECUTORS[executor])
@@ -51,7 +51,7 @@ class _Run:
     served: list[int]
     snapshots: list[Tensor]
     pool_mutated: list[Tensor] = field(default_factory=list)
-    host_mutated: list[bool] = field(default_factory=list)
+    host_differences: list[Difference | None] = field(default_factory=list)
     raised: BaseException | None = None
 
 
@@ -59,9 +59,13 @@ class Judge:
     """One case, ready to be run: its images are computed once and shared by the implementations."""
 
     def __init__(self, case: Case, device: str) -> None:
-        self.case, self.rig = case, rig_for(case.setup, device)
+        self.case = case
         self._images: dict[ImageKey, tuple[Tensor, Tensor]] = {}
-        self._oracle_fault = self._check_oracle()
+        try:
+            self.rig = rig_for(case.setup, device)
+            self._own_fault = self._check_oracle()
+        except Exception as error:  # noqa: BLE001 - every verdict on the case is unknown and says why
+            self._own_fault = _fault(error)
 
     def judge(self, implementation: Implementation, executor: Executor, repeat: bool = True) -> Verdict:
         """The verdict. A fault of the checker itself is ``unknown``, never ``agree``.
@@ -74,8 +78,8 @@ class Judge:
         said = Verdict(implementation=implementation.name, executor=executor.name, outcome=Outcome.NOT_APPLICABLE)
         if not served:
             return replace(said, reason=str(reasons[0]))
-        if self._oracle_fault:
-            return replace(said, outcome=Outcome.UNKNOWN, reason=self._oracle_fault)
+        if self._own_fault:
+            return replace(said, outcome=Outcome.UNKNOWN, reason=self._own_fault)
         modes = tuple(dict.fromkeys(self.case.replays[index].mode for index in served))
         try:
             findings = self._findings(implementation, executor, served, repeat)
@@ -101,7 +105,8 @@ class Judge:
         for rerun in range(1, RERUNS + 1):
             again = self._run(implementation, executor, served, repeat)
             failing_again, wrong_again = self._compare(implementation, again)
-            if failing_again != failing or wrong_again != wrong or type(again.raised) is not type(run.raised):
+            raised = (type(run.raised), len(run.served)), (type(again.raised), len(again.served))
+            if failing_again != failing or wrong_again != wrong or raised[0] != raised[1]:
                 seen = "agreed" if failing_again is None and again.raised is None else "disagreed elsewhere"
                 first = findings[0]
                 message = f"run 1: {first.code} {first.message}; run {rerun + 1} {seen}"
@@ -111,7 +116,6 @@ class Judge:
     def _run(self, implementation: Implementation, executor: Executor, served: list[int], repeat: bool) -> _Run:
         rig, case = self.rig, self.case
         rig.reset()
-        rig.pool.restore()
         run = _Run(served=[], snapshots=[rig.arena.clone()])
         values, _ = self._image(implementation)
         calls = [*served, *served[-1:]] if repeat else served
@@ -121,13 +125,12 @@ class Judge:
                     rig.load(case, replay, values[replay])
                 try:
                     opened.replay(case.replays[replay].mode, case.bucket(replay))
-                except (Exception, SystemExit) as error:  # noqa: BLE001 - it is the finding
-                    run.raised = error
+                except ImplementationRaised as caught:
+                    run.raised = caught.error
                 run.served.append(replay)
                 run.snapshots.append(rig.arena.clone())
                 run.pool_mutated.append(rig.pool.mutated())
-                mirror = rig.host_image(case, replay)
-                run.host_mutated.append(case.setup.host_lengths and not torch.equal(rig.host_seq_lens, mirror))
+                run.host_differences.append(rig.host_difference(case, replay))
                 if run.raised is not None:
                     break
         return run
@@ -145,20 +148,20 @@ class Judge:
         return found
 
     def _compare(self, implementation: Implementation, run: _Run) -> tuple[int | None, object]:
-        """The first call that left something wrong, and a value that is equal when the same cells are wrong."""
+        """The first call that left something wrong, and a value that is equal when the same is wrong."""
         values, classes = self._image(implementation)
         wanted, region = values[run.served], classes[run.served]
         snapshots = torch.stack(run.snapshots)
         before, after = snapshots[:-1], snapshots[1:]
         allowed = ((after == wanted) & (region != FRAME)) | ((after == before) & (region != LIVE))
         bad = ~allowed
-        # One number per call identifies the set of wrong cells: reruns are compared without downloading them.
-        weights = torch.arange(1, bad.shape[1] + 1, dtype=torch.int64, device=bad.device)
-        marks = torch.stack([(bad * weights).sum(dim=1), torch.stack(run.pool_mutated).to(torch.int64)]).tolist()
+        marks = (bad.any(dim=1) | torch.stack(run.pool_mutated)).tolist()
         raised_at = len(run.served) - 1 if run.raised is not None else None
-        for call, mark in enumerate(zip(*marks, strict=True)):
-            if call != raised_at and (any(mark) or run.host_mutated[call]):
-                return call, (call, mark, run.host_mutated[call])
+        for call, marked in enumerate(marks):
+            if call != raised_at and (marked or run.host_differences[call]):
+                cells = bad[call].nonzero().flatten()
+                inputs = bool(run.pool_mutated[call]), run.host_differences[call]
+                return call, (cells.tolist(), after[call][cells].tolist(), inputs)
         return None, None
 
     def _describe(
@@ -177,8 +180,10 @@ class Judge:
             classes=classes[replay].cpu(),
             before=run.snapshots[failing].cpu(),
             after=run.snapshots[failing + 1].cpu(),
-            pool_mutated=bool(run.pool_mutated[failing]),
-            host_mutated=run.host_mutated[failing],
+            inputs={
+                "req_to_token": self._pool_difference(implementation, executor, run, failing),
+                "seq_lens_cpu": run.host_differences[failing],
+            },
         )
         alone = self._alone(implementation, executor, replay) if replay != run.served[0] else None
         findings = diagnose(snapshot, implementation.name, executor.name, alone)
@@ -188,6 +193,17 @@ class Judge:
             message = f"the first call was right; after a second with the same inputs: {first.message}"
             findings.insert(0, replace(first, code=Code.NOT_IDEMPOTENT, message=message))
         return findings
+
+    def _pool_difference(
+        self, implementation: Implementation, executor: Executor, run: _Run, failing: int
+    ) -> Difference | None:
+        """What call number ``failing`` changed in ``req_to_token``: a further run stops there, to look."""
+        if not bool(run.pool_mutated[failing]):
+            return None
+        calls = run.served[: failing + 1]
+        served = list(dict.fromkeys(calls))
+        self._run(implementation, executor, served, repeat=len(served) < len(calls))
+        return self.rig.pool.difference() or Difference((), 0, 0, 1)
 
     def _alone(self, implementation: Implementation, executor: Executor, replay: int) -> Tensor | None:
         """The arena after ``replay`` alone, from poison: tells what is stale from what would be wrong anyway."""
@@ -200,7 +216,9 @@ class Judge:
         source = implementation.source.rpartition(":")[0]
         frames = traceback.extract_tb(error.__traceback__)
         frame = next((frame for frame in reversed(frames) if frame.filename == source), frames[-1])
-        sentence = (str(error).strip().splitlines() or ["no message"])[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+        # A compiler's message starts with the place and ends with what is wrong there.
+        sentence = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
         where = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
         second = len(run.served) > 1 and run.served[-2] == replay
         return Finding(
@@ -211,7 +229,6 @@ class Judge:
             mode=self.case.replays[replay].mode,
             message=f"{type(error).__name__}: {sentence} ({where})" + (", on a second call" if second else ""),
         )
-
 
 
 def _fault(error: Exception) -> str:

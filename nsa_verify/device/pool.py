@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ def _mix(row: Tensor, column: Tensor, seed: int) -> Tensor:
     return row * 1_103_515_245 + column * 1_597_334_677 + seed * 747_796_405
 
 
-class Difference(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Difference:
     """Where an input outside the arena was changed first: the element, its values, and how many elements differ.
 
     An element beyond the tensor's bounds lies in the memory beside it.

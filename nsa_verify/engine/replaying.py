@@ -38,7 +38,10 @@ class Replayed(Struct, frozen=True):
 
 
 def replay_saved(plan: Plan, paths: list[Path]) -> Iterator[Hello | Replayed]:
-    """Run the cases of ``paths`` again, in their order, after the ``Hello``. A bad file is an ERROR."""
+    """Run the cases of ``paths`` again, in their order, after the ``Hello``. A bad file is an ERROR.
+
+    Raises ``KeyboardInterrupt`` on Ctrl-C, and ``ImplementationError``, ``DeviceError`` and ``EngineError``.
+    """
     with Crew(plan.workers) as crew:
         said = crew.hello(plan)
         yield said
@@ -54,8 +57,12 @@ def replay_saved(plan: Plan, paths: list[Path]) -> Iterator[Hello | Replayed]:
             future = futures[index]
             if entry is None or future is None:
                 yield Replayed(path, Status.ERROR, entry, problem=problem)
-            else:
-                yield _status(path, entry, tuple(future.result()), known, plan)
+                continue
+            verdicts = crew.result(*crew.wait([future]))
+            if verdicts is not None:
+                yield _status(path, entry, tuple(verdicts), known, plan)
+            if crew.interrupted:
+                raise KeyboardInterrupt
 
 
 def _open(path: Path) -> tuple[Entry | None, str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
 from nsa_verify.core.case import Case
@@ -43,12 +44,17 @@ class _State:
     cases: int = 0
     digests: dict[int, str] = field(default_factory=dict)
     first: dict[Signature, tuple[int, Seen]] = field(default_factory=dict)
+    kept: set[Signature] = field(default_factory=set)
     stop: StopReason = StopReason.EXAMPLES
 
 
 def search(plan: Plan, keep: Keep, version: str, options: dict[str, str]) -> Iterator[Event]:
-    """Run ``plan``. Raises ``ImplementationError``, ``DeviceError`` and ``EngineError`` when it cannot do its job."""
+    """Run ``plan``. Raises ``ImplementationError``, ``DeviceError`` and ``EngineError`` when it cannot do its job.
+
+    Whatever was seen is kept, also if the run is interrupted or a worker dies.
+    """
     began = time.perf_counter()
+    state = _State()
     with Crew(plan.workers) as crew:
         said = crew.hello(plan)
         started = RunStarted(
@@ -57,10 +63,15 @@ def search(plan: Plan, keep: Keep, version: str, options: dict[str, str]) -> Ite
         yield started
         yield WorkersReady(time.perf_counter() - began)
         began = time.perf_counter()
-        state = _State()
-        yield from _rounds(plan, crew, state)
-        seconds = time.perf_counter() - began
-        yield from _disagreements(plan, crew, state, keep)
+        try:
+            yield from _rounds(plan, crew, state)
+            seconds = time.perf_counter() - began
+            yield from _shrinks(plan, crew, state, keep)
+        except BrokenProcessPool:
+            yield from _leftovers(state, keep, "a worker died before it was shrunk")
+            raise
+    note = "interrupted before it was shrunk" if state.stop is StopReason.INTERRUPTED else "not shrunk"
+    yield from _leftovers(state, keep, note)
     signatures = tuple(sorted(state.first))
     whole = digest([state.digests[index] for index in sorted(state.digests)])
     yield RunFinished(state.matrix, state.cases, seconds, state.stop, signatures, whole)
@@ -70,31 +81,27 @@ def _rounds(plan: Plan, crew: Crew, state: _State) -> Iterator[Event]:
     deadline = time.time() + plan.max_time_s if plan.max_time_s else 0.0
     waiting = list(range(plan.rounds))
     running: set[Future[RoundResult]] = set()
-    try:
-        while waiting or running:
-            if deadline and time.time() > deadline and waiting:
-                waiting, state.stop = [], StopReason.TIME
-            while waiting and len(running) < crew.workers:
-                running.add(crew.submit(run_round, plan, waiting.pop(0), deadline))
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield from _round(state, future.result())
-            if state.stop is StopReason.INTERRUPTED:
-                waiting = []
-    except KeyboardInterrupt:
-        state.stop = StopReason.INTERRUPTED
-        crew.stop()
-        for future in running:
-            if not future.cancel():
-                yield from _round(state, future.result())
+    while True:
+        if crew.interrupted:
+            waiting, state.stop = [], StopReason.INTERRUPTED
+        elif deadline and time.time() > deadline and state.cases < plan.max_examples:
+            waiting, state.stop = [], StopReason.TIME
+        while waiting and len(running) < crew.workers:
+            running.add(crew.submit(run_round, plan, waiting.pop(0), deadline))
+        if not running:
+            return
+        done = crew.wait(running)
+        running -= done
+        for future in done:
+            result = crew.result(future)
+            if result is not None:
+                yield from _round(state, result)
 
 
 def _round(state: _State, result: RoundResult) -> Iterator[Event]:
     state.matrix.add(result.matrix)
     state.cases += result.cases
     state.digests[result.index] = result.digest
-    if result.stopped:
-        state.stop = StopReason.INTERRUPTED
     yield RoundFinished(result.index, result.cases, state.cases, result.digest)
     for unjudged in result.unjudged:
         verdict = unjudged.verdict
@@ -107,32 +114,33 @@ def _round(state: _State, result: RoundResult) -> Iterator[Event]:
             state.first[seen.signature] = (result.index, seen)
 
 
-def _disagreements(plan: Plan, crew: Crew, state: _State, keep: Keep) -> Iterator[Event]:
-    """Shrink each signature, several at a time; on Ctrl-C keep the rest as they were drawn."""
-    waiting = sorted(state.first)
+def _shrinks(plan: Plan, crew: Crew, state: _State, keep: Keep) -> Iterator[Event]:
+    """Shrink each signature, several at a time, until Ctrl-C."""
+    waiting = sorted(state.first) if plan.shrink else []
     running: dict[Future[ShrinkResult | None], Signature] = {}
-    try:
-        while (waiting or running) and plan.shrink and state.stop is not StopReason.INTERRUPTED:
-            while waiting and len(running) < crew.workers:
-                signature = waiting.pop(0)
-                yield Shrinking(signature)
-                running[crew.submit(shrink, plan, state.first[signature][0], signature)] = signature
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                signature, result = running.pop(future), future.result()
-                if result is not None and result.stopped:
-                    state.stop = StopReason.INTERRUPTED
-                yield keep(_minimal(state.first[signature][1], result))
-    except KeyboardInterrupt:
-        state.stop = StopReason.INTERRUPTED
-        crew.stop()
-    for future, signature in running.items():
-        result = None if future.cancel() else future.result()
-        yield keep(_minimal(state.first[signature][1], result, "the shrink was interrupted"))
-    for signature in waiting:
-        note = "interrupted before it was shrunk" if state.stop is StopReason.INTERRUPTED else "not shrunk"
-        seen = state.first[signature][1]
-        yield keep(_as_drawn(seen.case, seen.finding, note))
+    while True:
+        if crew.interrupted:
+            waiting, state.stop = [], StopReason.INTERRUPTED
+        while waiting and len(running) < crew.workers:
+            signature = waiting.pop(0)
+            yield Shrinking(signature)
+            running[crew.submit(shrink, plan, state.first[signature][0], signature)] = signature
+        if not running:
+            return
+        for future in crew.wait(running):
+            signature = running.pop(future)
+            result = crew.result(future)
+            note = "the shrink was interrupted" if crew.interrupted else ""
+            state.kept.add(signature)
+            yield keep(_minimal(state.first[signature][1], result, note))
+
+
+def _leftovers(state: _State, keep: Keep, note: str) -> Iterator[Event]:
+    """Keep what was not shrunk as it was drawn."""
+    for signature, (_, seen) in sorted(state.first.items()):
+        if signature not in state.kept:
+            state.kept.add(signature)
+            yield keep(_as_drawn(seen.case, seen.finding, note))
 
 
 def _minimal(seen: Seen, result: ShrinkResult | None, note: str = "") -> Disagreement:
@@ -141,7 +149,7 @@ def _minimal(seen: Seen, result: ShrinkResult | None, note: str = "") -> Disagre
             seen.case, seen.finding, note or "its round, run again, agreed: the case is kept as it was drawn"
         )
     unstable = "" if result.stable else "probes contradicted each other: the smallest case that disagreed is kept"
-    unstable = "the shrink was interrupted" if result.stopped else unstable
+    note = note if result.stopped else unstable
     return Disagreement(
         signature=seen.signature,
         case=result.case,
@@ -149,7 +157,7 @@ def _minimal(seen: Seen, result: ShrinkResult | None, note: str = "") -> Disagre
         reliability=result.reliability,
         shrunk=True,
         probes=result.probes,
-        note=note or unstable,
+        note=note,
     )
 
 

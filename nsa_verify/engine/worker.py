@@ -6,10 +6,13 @@ their arguments: which worker ran what cannot be told from the results.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from contextlib import suppress
 from functools import lru_cache
+from multiprocessing import parent_process
 from multiprocessing.synchronize import Barrier
 from multiprocessing.synchronize import Event as EventType
 from threading import BrokenBarrierError
@@ -87,20 +90,42 @@ class ShrinkResult(Struct):
 
 START_TIMEOUT_S = 300.0
 
-_stop: EventType | None = None
+_engine_stops: EventType | None = None
 _all_ready: Barrier | None = None
+_stopping = False
+_judging = False
 
 
 def obey(stop: EventType, all_ready: Barrier) -> None:
     """Make this process a worker: the engine decides when to stop, not the terminal's Ctrl-C."""
-    global _stop, _all_ready
-    _stop, _all_ready = stop, all_ready
+    global _engine_stops, _all_ready
+    _engine_stops, _all_ready = stop, all_ready
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_engine, daemon=True).start()
+
+
+def _follow_engine() -> None:
+    """An engine that was killed leaves no workers behind."""
+    engine = parent_process()
+    assert engine is not None
+    engine.join()
+    os._exit(1)
+
+
+def stop(stopping: bool = True) -> None:
+    """Ask what runs in this very process to end; False takes it back."""
+    global _stopping
+    _stopping = stopping
+
+
+def is_judging() -> bool:
+    """Whether a case is being judged in this process right now: then a ``KeyboardInterrupt`` costs that case only."""
+    return _judging
 
 
 def stop_if_asked() -> None:
     """Between two cases: end what this worker does, with what it has."""
-    if _stop is not None and _stop.is_set():
+    if _stopping or (_engine_stops is not None and _engine_stops.is_set()):
         raise KeyboardInterrupt
 
 
@@ -177,8 +202,13 @@ def judge_case(
     from nsa_verify.device.executors import EXECUTORS
     from nsa_verify.device.judge import Judge
 
-    judge: Judge = Judge(case, device)
-    return [judge.judge(it, EXECUTORS[executor], repeat) for executor in executors for it in implementations]
+    global _judging
+    _judging = True
+    try:
+        judge: Judge = Judge(case, device)
+        return [judge.judge(it, EXECUTORS[executor], repeat) for executor in executors for it in implementations]
+    finally:
+        _judging = False
 
 
 def judge_saved(plan: Plan, case: Case) -> list[Verdict]:

@@ -57,7 +57,7 @@ def cli() -> None:
 def run(
     references: tuple[str, ...],
     only: tuple[str, ...],
-    modes: tuple[str, ...],
+    modes: tuple[Mode, ...],
     executors: tuple[str, ...],
     device: str,
     max_examples: int | None,
@@ -77,7 +77,7 @@ def run(
         seed=secrets.randbelow(2**32) if seed is None else seed,
         max_examples=max_examples or PROFILES[profile],
         max_time_s=seconds(max_time),
-        modes=tuple(Mode(mode) for mode in modes) or tuple(Mode),
+        modes=tuple(mode for mode in Mode if mode in modes) or tuple(Mode),
         executors=tuple(dict.fromkeys(executors)) or ("eager",),
         device=device,
         references=references,

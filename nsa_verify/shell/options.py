@@ -38,12 +38,28 @@ IMPL = click.option(
     help="An implementation of your own beside the built-in ones; may be repeated.",
 )
 ONLY = click.option("--only", multiple=True, metavar="NAME", help="Run this implementation only; may be repeated.")
+
+
+class ModeType(click.ParamType[Mode]):
+    """A mode: ``draft-extend``, ``DRAFT_EXTEND``."""
+
+    name = "mode"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Mode:
+        """The mode of this name, however it is spelt."""
+        try:
+            return Mode(str(value).lower().replace("_", "-"))
+        except ValueError:
+            self.fail(f"{value!r} is not one of {', '.join(Mode)}.", param, ctx)
+
+
 MODE = click.option(
     "--mode",
     "modes",
     multiple=True,
-    type=click.Choice([str(mode) for mode in Mode]),
-    help="Draw this mode only; may be repeated.",
+    type=ModeType(),
+    metavar="MODE",
+    help=f"Draw this mode only ({', '.join(Mode)}); may be repeated.",
 )
 EXECUTOR = click.option(
     "--executor",

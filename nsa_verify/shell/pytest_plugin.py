@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -106,11 +106,11 @@ class CaseItem(pytest.Item):
             if verdict.outcome is not Outcome.AGREE:
                 raise CaseFailed(self._entry.case, verdict)
 
-    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: object = None) -> str:
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
         """The case and the first difference, instead of a traceback through the checker."""
         if isinstance(excinfo.value, CaseFailed):
             return "\n".join(self._lines(excinfo.value))
-        return str(super().repr_failure(excinfo))
+        return str(super().repr_failure(excinfo, style))
 
     def _lines(self, failed: CaseFailed) -> Iterator[str]:
         from nsa_verify.shell.render import case_lines, finding_lines, title

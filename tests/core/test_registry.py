@@ -67,7 +67,8 @@ def test_a_module_and_a_name_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ("1 / 0\n", r"importing it raised ZeroDivisionError: division by zero \(mine\.py:1\)"),
         ("import no_such_module\n", "importing it raised ModuleNotFoundError: No module named 'no_such_module'"),
-        ("def refresh(:\n", "importing it raised SyntaxError"),
+        ("\ndef refresh(:\n", r"importing it raised SyntaxError: .* \(mine\.py:2\)"),
+        ("import sys\nsys.exit(0)\n", r"importing it raised SystemExit: 0 \(mine\.py:2\)"),
         ("x = 1\n", "registers no implementation; decorate its refresh function"),
         ("", "registers no implementation"),
     ],

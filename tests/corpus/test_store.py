@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -64,40 +65,39 @@ def test_a_crash_before_the_rename_leaves_the_old_file_and_no_other(
     assert _names(tmp_path) == [path.name]
 
 
-def _save_and_die(root: Path) -> None:
-    """End the process, as SIGKILL would, between the write and the rename."""
-    os.replace = lambda *_: os._exit(9)
-    save(root, Kind.CRASHING, Entry(title="Never written.", case=CASE), "one")
+SAVE = """
+import os, sys
+from pathlib import Path
+from nsa_verify import Case, Replay, Request, Setup
+from nsa_verify.engine.corpus import Entry, Kind, save
+
+def save_lengths(first, last):
+    for length in range(first, last):
+        case = Case(Setup(), (Replay(requests=(Request(length),)),))
+        save(Path(sys.argv[1]), Kind.CRASHING, Entry(title=f"Length {length}.", case=case), "length")
+"""
+
+
+def _writer(root: Path, then: str) -> subprocess.Popen[bytes]:
+    """Another process, which runs ``then`` with ``save_lengths(first, last)`` at hand."""
+    return subprocess.Popen([sys.executable, "-c", SAVE + then, str(root)])
 
 
 def test_what_a_killed_writer_leaves_is_passed_over_and_removed_by_the_next(tmp_path: Path) -> None:
-    path = save(tmp_path, Kind.CRASHING, ENTRY, "one")
-    writer = multiprocessing.get_context("spawn").Process(target=_save_and_die, args=(tmp_path,))
-    writer.start()
-    writer.join(60)
-    assert writer.exitcode == 9
+    path = save(tmp_path, Kind.CRASHING, _entry(9), "length")
+    path.write_text("{")
+    # Ends the process, as SIGKILL would, between the write and the rename.
+    assert _writer(tmp_path, "os.replace = lambda *_: os._exit(9)\nsave_lengths(9, 10)").wait(60) == 9
     assert _names(tmp_path) == [f".{path.name}.tmp", path.name]
     assert list(scan(tmp_path)) == [path]
-    assert load(path) == ENTRY
+    assert path.read_text() == "{"
     other = save(tmp_path, Kind.SEEDS, _entry(3), "other")
     assert _names(tmp_path) == sorted([other.name, path.name])
 
 
-def _save_many(root: Path, lengths: range) -> None:
-    for length in lengths:
-        save(root, Kind.CRASHING, _entry(length), "length")
-
-
 def test_two_processes_that_save_at_once_lose_nothing(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    writers = [
-        context.Process(target=_save_many, args=(tmp_path, lengths)) for lengths in (range(1, 21), range(11, 31))
-    ]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(60)
-    assert [writer.exitcode for writer in writers] == [0, 0]
+    writers = [_writer(tmp_path, f"save_lengths({first}, {first + 20})") for first in (1, 11)]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
     paths = list(scan(tmp_path))
     assert sorted(load(path).case.replays[0].requests[0].seq_len for path in paths) == list(range(1, 31))
     assert len(_names(tmp_path)) == 30
