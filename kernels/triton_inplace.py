@@ -31,8 +31,9 @@ _LANES = 32
 """Pairs of request and token per program; at least as many as a request has."""
 _EARLIER = 512
 """Lanes of earlier programs that are summed at a time."""
-_CHUNK = 1024
-"""Columns of ``page_table_1`` per program, in tiles."""
+_PROGRAM_COLUMNS = 512
+_MAX_PROGRAMS = 32
+"""Programs along a row: one per 512 columns of the table, up to 32, which take the live tiles in turn."""
 _BLOCK = 128
 """Rows that the schedule's kernel takes at a time."""
 _ENTRIES = 32
@@ -58,7 +59,8 @@ _MAX = tl.standard._elementwise_max
         "tokens",
         "index_topk",
         "width",
-        "page_size",
+        "page_shift",
+        "bound",
     ],
     do_not_specialize_on_alignment=[
         "seq_lens",
@@ -100,28 +102,27 @@ def _fill_metadata(
     tokens: tl.tensor,
     index_topk: tl.tensor,
     width: tl.tensor,
-    page_size: tl.tensor,
+    page_shift: tl.tensor,  # log2(p)
+    bound: tl.tensor,  # lanes of a request, at least its rows
     RAGGED: tl.constexpr,
     WHOLE: tl.constexpr,  # False: only expanded and nsa_cache_seqlens
     PAGED: tl.constexpr,
     OWN_CTX_LENS: tl.constexpr,
-    TOKENS: tl.constexpr,
     LANES: tl.constexpr,
     EARLIER: tl.constexpr,
     COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
 ) -> None:
-    # A lane is a pair of request and token, TOKENS lanes a request; it is defined if the request has that many rows.
+    # A lane is a pair of request and token, bound lanes a request; it is defined if the request has that many rows.
     # A running count of defined lanes is then a lane's row, whatever the requests' numbers of rows are.
     first_lane = tl.program_id(0).to(tl.int64) * LANES
-    chunk = tl.program_id(1)
+    turn = tl.program_id(1)
     rows = tl.full((), 0, tl.int64)
     kv_sum = tl.full((), 0, tl.int64)
     nsa_sum = tl.full((), 0, tl.int64)
     for start in range(0, first_lane, EARLIER):
         lane = tl.arange(0, EARLIER) + tl.cast(start, tl.int64)
-        request = lane // TOKENS
-        token = lane % TOKENS
+        request = lane // bound
+        token = lane - request * bound
         held = lane < first_lane
         accept = tl.load(accept_lens + request * accept_stride, mask=held, other=0).to(tl.int64) if RAGGED else tokens
         counted = (held & (token < accept)).to(tl.int64)
@@ -133,8 +134,8 @@ def _fill_metadata(
             kv_sum += tl.reduce(tl.where(held & (token == 0), kv_len, 0), 0, _SUM)
 
     lane = tl.arange(0, LANES) + first_lane
-    request = lane // TOKENS
-    token = lane % TOKENS
+    request = lane // bound
+    token = lane - request * bound
     held = request < batch_size
     kv_len = tl.load(seq_lens + request * seq_stride, mask=held).to(tl.int64) + added
     accept = tl.load(accept_lens + request * accept_stride, mask=held).to(tl.int64) if RAGGED else tokens
@@ -142,7 +143,7 @@ def _fill_metadata(
     counted = defined.to(tl.int64)
     end = tl.associative_scan(counted, 0, _SUM) + rows
     row = end - 1
-    if chunk == 0:
+    if turn == 0:
         length = tl.maximum(kv_len - accept + token + 1, 0)
         clamped = tl.minimum(length, index_topk)
         tl.store(expanded + row, length, mask=defined)
@@ -163,18 +164,17 @@ def _fill_metadata(
         source = req_to_token + pool_row * token_stride
         target = page_table + row * table_stride
         real_target = real_table + row * real_stride
-        first = chunk.to(tl.int64) * CHUNK
         offsets = tl.arange(0, COLUMNS).to(tl.int64)
-        for column in range(first, tl.minimum(first + CHUNK, tl.reduce(reach, 0, _MAX)), COLUMNS):
+        for column in range(turn.to(tl.int64) * COLUMNS, tl.reduce(reach, 0, _MAX), tl.num_programs(1) * COLUMNS):
             columns = offsets + column
             mask = columns[None, :] < reach[:, None]  # [LANES, COLUMNS]
             slot = tl.load(source[:, None] + columns[None, :], mask=mask)
             tl.store(target[:, None] + columns[None, :], slot, mask=mask)
             if PAGED:
                 # The column that leads page c, c*p, holds a slot of that page.
-                page = columns // page_size
-                mask = mask & (page * page_size == columns)[None, :]
-                tl.store(real_target[:, None] + page[None, :], slot // page_size, mask=mask)
+                page = columns >> page_shift
+                mask = mask & (page << page_shift == columns)[None, :]
+                tl.store(real_target[:, None] + page[None, :], slot >> page_shift, mask=mask)
 
 
 @triton.jit(
@@ -275,16 +275,15 @@ def fill_draft_extend_metadata_inplace(
             longest,
             nsa_index_topk,
             0,
-            1,
+            0,
+            bound,
             RAGGED=True,
             WHOLE=False,
             PAGED=False,
             OWN_CTX_LENS=False,
-            TOKENS=bound,
             LANES=lanes,
             EARLIER=_EARLIER,
             COLUMNS=_COLUMNS,
-            CHUNK=_CHUNK,
             num_warps=8,
         )
     return int(total_tokens)
@@ -305,7 +304,8 @@ def _refresh_step(inputs: ReplayInputs, step: MetadataBuffers, setup: Setup) -> 
     ctx_lens = None
     if setup.ctx_lens is CtxLens.OWN and mode is Mode.TARGET_VERIFY:
         ctx_lens = step.paged_mqa_ctx_lens
-    _fill_metadata[(triton.cdiv(batch_size * bound, _LANES), triton.cdiv(setup.table_width, _CHUNK))](
+    programs = min(triton.cdiv(setup.table_width, _PROGRAM_COLUMNS), _MAX_PROGRAMS)
+    _fill_metadata[(triton.cdiv(batch_size * bound, _LANES), programs)](
         inputs.seq_lens,
         inputs.seq_lens.stride(0),
         inputs.accept_lens,
@@ -330,16 +330,15 @@ def _refresh_step(inputs: ReplayInputs, step: MetadataBuffers, setup: Setup) -> 
         tokens,
         setup.index_topk,
         setup.table_width,
-        setup.page_size,
+        setup.page_size.bit_length() - 1,
+        bound,
         RAGGED=ragged,
         WHOLE=True,
         PAGED=setup.page_size > 1,
         OWN_CTX_LENS=ctx_lens is not None,
-        TOKENS=bound,
         LANES=_LANES,
         EARLIER=_EARLIER,
         COLUMNS=_COLUMNS,
-        CHUNK=_CHUNK,
         num_warps=8,
     )
     if step.paged_mqa_schedule is not None:

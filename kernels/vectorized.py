@@ -50,8 +50,9 @@ def _refresh_step(inputs: ReplayInputs, step: MetadataBuffers, setup: Setup) -> 
     step.nsa_cache_seqlens[:rows].copy_(compute_nsa_seqlens(expanded, setup.index_topk))
     _accumulate(step.nsa_cache_seqlens[:rows], step.nsa_cu_seqlens_k)
 
-    pool_rows = inputs.req_pool_indices[: inputs.batch_size].long()[owner]
-    page_table = inputs.req_to_token[pool_rows, : setup.table_width]  # [R, W]
+    # index_select and not [...]: the latter may be a boolean mask for all that a capture can tell.
+    pool_rows = inputs.req_pool_indices[: inputs.batch_size].index_select(0, owner)
+    page_table = inputs.req_to_token[:, : setup.table_width].index_select(0, pool_rows)  # [R, W]
     step.page_table_1[:rows].copy_(page_table)
     if setup.page_size > 1:
         pages = page_table[:, :: setup.page_size]
@@ -85,7 +86,7 @@ def _expand_ragged(accept_lens: Tensor, seq_lens: Tensor, requests: Tensor) -> t
     owner = requests.repeat_interleave(accept_lens, output_size=rows)
     # Row r of request b is its token r - off[b], so s - a + 1 + (r - off[b]) is one gathered start plus r.
     start = seq_lens - accept_lens + 1 - (accept_lens.cumsum(0) - accept_lens)
-    return owner, (start[owner] + torch.arange(rows, device=seq_lens.device)).clamp(min=0)
+    return owner, (start.index_select(0, owner) + torch.arange(rows, device=seq_lens.device)).clamp(min=0)
 
 
 def _accumulate(lengths: Tensor, out: Tensor) -> None:
@@ -101,5 +102,5 @@ def _schedule(ctx_lens: Tensor, num_sms: int) -> Tensor:
     share = torch.div(ends[-1:], num_sms, rounding_mode="floor")
     start = boundary * share + torch.minimum(boundary, ends[-1:] - share * num_sms)
     row = torch.searchsorted(ends, start, right=True)
-    before = torch.cat([torch.zeros_like(ends[:1]), ends])[row]
+    before = torch.cat([torch.zeros_like(ends[:1]), ends]).index_select(0, row)
     return torch.stack([row, torch.where(row < rows, start - before, 0)], dim=1)

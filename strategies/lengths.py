@@ -23,28 +23,29 @@ def boundaries(setup: Setup, mode: Mode) -> tuple[int, ...]:
     a tile of 128 or 256 (in very wide tables: of many of them), give or take one; W-N..W+N; the end of the pool row.
     Only those that a real request may have.
     """
-    special, multiples = _boundaries(setup, mode)
-    return tuple(sorted({*special, *multiples}))
+    return tuple(sorted({value for group in _boundaries(setup, mode) for value in group}))
 
 
 @lru_cache(maxsize=1024)
-def _boundaries(setup: Setup, mode: Mode) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The boundaries there are few of, and the multiples there are many of."""
+def _boundaries(setup: Setup, mode: Mode) -> tuple[tuple[int, ...], ...]:
+    """The boundaries in groups: the smallest lengths, those of the top-k, of the wall, of the pages, of the tiles."""
     tokens, end = setup.num_draft_tokens, longest(setup, mode)
     verify = mode is Mode.TARGET_VERIFY
-    special = {1, setup.fill_seq_len, end - 1, end}
-    special.update(range(tokens - 1, tokens + 2))
-    special.update(range(setup.table_width - tokens, setup.table_width + tokens + 1))
+    smallest = {1, setup.fill_seq_len, tokens - 1, tokens, tokens + 1}
+    wall = {*range(setup.table_width - tokens, setup.table_width + tokens + 1), end - 1, end}
     before = tokens if verify else 0
     after = tokens if mode in (Mode.DRAFT_EXTEND, Mode.DRAFT_EXTEND_V2) else 1
-    special.update(range(setup.index_topk - 1 - before, setup.index_topk + 1 + after))
-    multiples: set[int] = set()
-    for unit in {setup.page_size, *TILES} - {1}:
-        for multiple in _multiples(unit, end + before + 1):
-            multiples.update((multiple - 1, multiple, multiple + 1))
-            if verify:
-                multiples.update((multiple - tokens - 1, multiple - tokens, multiple - tokens + 1))
-    return _legal(special, end), _legal(multiples, end)
+    top_k = range(setup.index_topk - 1 - before, setup.index_topk + 1 + after)
+    pages, tiles = (
+        {multiple + past - added for multiple in multiples for past in (-1, 0, 1) for added in {0, before}}
+        for multiples in (
+            _multiples(setup.page_size, end + before + 1),
+            [multiple for tile in TILES for multiple in _multiples(tile, end + before + 1)],
+        )
+    )
+    if setup.page_size == 1:
+        pages = set()
+    return tuple(_legal(group, end) for group in (smallest, top_k, wall, pages, tiles))
 
 
 def _multiples(unit: int, most: int) -> Iterable[int]:
@@ -79,10 +80,10 @@ def draw_length(draw: st.DrawFn, setup: Setup, mode: Mode, accept_len: int, swar
 
 @lru_cache(maxsize=1024)
 def _favourites(setup: Setup, mode: Mode, low: int, high: int) -> tuple[int, ...]:
-    special, multiples = _boundaries(setup, mode)
-    # As many special ones as multiples, so that K and W are not lost among the pages of a wide table.
-    repeats = max(1, len(multiples) // max(1, len(special)))
-    return tuple(value for value in special * repeats + multiples if low <= value <= high)
+    groups = [[value for value in group if low <= value <= high] for group in _boundaries(setup, mode)]
+    most = max(map(len, groups))
+    # The groups weigh the same, so that K and W are not lost among the pages of a wide table.
+    return tuple(value for group in groups if group for value in group * (most // len(group)))
 
 
 def lengths(setup: Setup, mode: Mode, accept_len: int = 1, swarm: Swarm | None = None) -> st.SearchStrategy[int]:

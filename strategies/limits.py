@@ -20,7 +20,7 @@ class Limits:
     many_rows_width: int
     """The same where there are many rows."""
     top_k_width: int
-    """The same where ``index_topk`` is 2048."""
+    """The same where ``index_topk`` is 2048 and rows are few."""
     pool_rows: int
     steps: int
     replays: int

@@ -16,7 +16,6 @@ from nsa_verify.strategies.limits import Limits
 from nsa_verify.strategies.requests import draw_requests, empty_in_ten, may_be_empty
 from nsa_verify.strategies.swarm import Feature, Swarm
 
-MANY_ROWS_REPLAYS = 2
 POOL_SEEDS = 8
 
 
@@ -74,7 +73,7 @@ def draw_replays(
     bucket = None if Feature.BUCKET_SWITCHES in swarm else pick(draw, setup.buckets)
     counts = _counts(limits.replays) if Feature.SEVERAL_REPLAYS in swarm else (1,)
     if setup.buckets[-1] * setup.num_draft_tokens > limits.rows:
-        counts = tuple(count for count in counts if count <= MANY_ROWS_REPLAYS)
+        counts = counts[: max(1, len(counts) // 2)]
     draft = _drafts(setup, choices, swarm, limits, bucket)
     chained: list[Replay] = []
     # A count, and right behind it what it counts: Hypothesis can take the first ones out as well as the last.

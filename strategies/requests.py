@@ -87,7 +87,7 @@ def may_be_empty(setup: Setup, swarm: Swarm, bucket: int | None) -> bool:
 
 def empty_in_ten(setup: Setup, limits: Limits) -> int:
     """How many batches of ten are empty; most where there are many rows, since only padded rows have length 0."""
-    return 7 if setup.buckets[0] * setup.num_draft_tokens > limits.rows else 1
+    return 5 if setup.buckets[0] * setup.num_draft_tokens > limits.rows else 1
 
 
 def _batch_sizes(draw: st.DrawFn, setup: Setup, swarm: Swarm, bucket: int | None) -> tuple[int, int]:

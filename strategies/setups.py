@@ -17,8 +17,10 @@ _BUCKET_COUNTS = (1, 1, 1, 2, 2, 3)
 _TOP_K = (8, 8, 8, 1, 2, 3, 4, 5, 7, 12, 16, 33, 64, 100, 128)
 _EXTRA_COLUMNS = (0, 1, 3, 5, 7, 32)
 _DRAFT_TOKENS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, *range(5, MAX_DRAFT_TOKENS + 1))
-_LARGE_BATCHES = (31, 32, 32, 33, 64, 128, 129, 130, 512, 513)
-"""Batch sizes, or expanded rows, that fill warps or blocks: exactly, less one, or by one more."""
+_MANY_ROWS = (31, 31, 32, 33, 32, 32, 128, 129, 129)
+"""Expanded rows that fill warps or blocks: exactly, less one, or by one more."""
+_ONE_TOKEN = 4
+"""The first of them have one draft token, so that no number of draft tokens rounds them up."""
 
 
 class _Inputs(NamedTuple):
@@ -50,12 +52,12 @@ def draw_setup(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
     """Draw a setup; a function, since a strategy made anew for every draw costs more than the draw."""
     tokens = pick(draw, _DRAFT_TOKENS)
     page_size = pick(draw, PAGE_SIZES)
-    top_k = pick(draw, (*_TOP_K, LARGE_TOP_K) if Feature.LARGE_TOP_K in swarm else _TOP_K)
-    buckets, many = _buckets(draw, tokens, swarm, limits)
+    top_k = pick(draw, _TOP_K + (LARGE_TOP_K,) * 3 if Feature.LARGE_TOP_K in swarm else _TOP_K)
+    buckets, tokens, many = _buckets(draw, tokens, swarm, limits)
     fill = 1
     if Feature.FILL_ZERO in swarm:
-        fill = pick(draw, (1, 0, 0) if many else (1, 0))
-    pool_width = _pool_width(draw, tokens, page_size, top_k, many, limits)
+        fill = pick(draw, (1, 0, 0, 0) if many else (1, 0))
+    pool_width = _pool_width(draw, tokens, page_size, top_k, buckets[-1] * tokens, limits)
     table_width = _table_width(draw, tokens, pool_width, swarm)
     pool_rows = pick(draw, _sizes(limits.pool_rows))
     if Feature.POOL_ROWS not in swarm:
@@ -73,7 +75,9 @@ def draw_setup(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
         pool_rows=pool_rows,
         pool_width=pool_width,
         pool_row_stride=pool_width + pool_extra,
-        num_steps=pick(draw, _step_counts(limits.steps)) if Feature.SEVERAL_STEPS in swarm else 1,
+        num_steps=pick(draw, _step_counts(min(limits.steps, 2) if many else limits.steps))
+        if Feature.SEVERAL_STEPS in swarm
+        else 1,
         buckets=buckets,
         fill_seq_len=fill,
         num_sms=num_sms,
@@ -88,19 +92,17 @@ def draw_setup(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
     )
 
 
-def _buckets(draw: st.DrawFn, tokens: int, swarm: Swarm, limits: Limits) -> tuple[tuple[int, ...], bool]:
-    """The captured batch sizes, and whether they are a rare one with many rows."""
+def _buckets(draw: st.DrawFn, tokens: int, swarm: Swarm, limits: Limits) -> tuple[tuple[int, ...], int, bool]:
+    """The captured batch sizes; the draft tokens, fewer at times; whether there are, rarely, many rows."""
     sizes, most = _sizes(limits.batch_size), max(1, limits.rows // tokens)
     count = pick(draw, _BUCKET_COUNTS) if Feature.BUCKET_SWITCHES in swarm else 1
     drawn = {min(pick(draw, sizes), most) for _ in range(count)}
     if Feature.MANY_ROWS in swarm:
-        large = _large_buckets(limits)
-        index = below(draw, 32 * len(large)) - 31 * len(large)
+        index = below(draw, 18 * len(_MANY_ROWS)) - 17 * len(_MANY_ROWS)
         if index >= 0:
-            size, per_token = large[index]
-            size = -(-size // tokens) if per_token else size
-            return (min(size, limits.many_rows // tokens),), True
-    return tuple(sorted(drawn)), False
+            rows, tokens = _MANY_ROWS[index], 1 if index < _ONE_TOKEN else tokens
+            return (-(-min(rows, limits.many_rows // tokens * tokens) // tokens),), tokens, True
+    return tuple(sorted(drawn)), tokens, False
 
 
 @lru_cache(maxsize=64)
@@ -110,21 +112,16 @@ def _sizes(most: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=16)
-def _large_buckets(limits: Limits) -> tuple[tuple[int, bool], ...]:
-    """Large batch sizes, and whether they count expanded rows instead of requests."""
-    sizes = [size for size in _LARGE_BATCHES if size <= limits.many_rows]
-    return tuple((size, per_token) for per_token in (False, True) for size in sizes)
-
-
-@lru_cache(maxsize=16)
 def _step_counts(most: int) -> tuple[int, ...]:
     """1..most, mostly 1 and 2: every implementation does its work once a step."""
     return tuple(count for count in range(1, most + 1) for _ in range({1: 8, 2: 5, 3: 3}.get(count, 1)))
 
 
-def _pool_width(draw: st.DrawFn, tokens: int, page_size: int, top_k: int, many: bool, limits: Limits) -> int:
-    low, high = tokens + 1, limits.many_rows_width if many else limits.width
-    if top_k == LARGE_TOP_K and not many:
+def _pool_width(draw: st.DrawFn, tokens: int, page_size: int, top_k: int, rows: int, limits: Limits) -> int:
+    low, high = tokens + 1, limits.width
+    if rows > limits.rows:
+        high = limits.many_rows_width
+    elif top_k == LARGE_TOP_K and 3 * rows <= limits.rows:
         high = limits.top_k_width
     return near(draw, low, high, _widths(tokens, page_size, top_k, high), plain_in_ten=2)
 
@@ -133,10 +130,10 @@ def _pool_width(draw: st.DrawFn, tokens: int, page_size: int, top_k: int, many: 
 def _widths(tokens: int, page_size: int, top_k: int, most: int) -> tuple[int, ...]:
     """Widths of ``req_to_token``: mostly small, near pages and tiles at times, wide enough for K when K is large."""
     found = [tokens + 2, 12, 16, 17, 20, 24, 31, 33, 40, 48] * 3
-    found += [unit + past for unit in (page_size, 2 * page_size, 128, 256) for past in (0, 1, tokens + 2)]
+    found += [unit + past for unit in (page_size, 2 * page_size, 128, 256, 256) for past in (0, 1, tokens + 2)]
     found += [top_k + tokens + 2] * 3
     if top_k == LARGE_TOP_K:
-        found += [LARGE_TOP_K + past for past in (0, 1, tokens, tokens + 2)] * 4
+        found += [LARGE_TOP_K + past for past in (0, 1, tokens, tokens + 2)] * 16
     return tuple(width for width in found if tokens < width <= most)
 
 

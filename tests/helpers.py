@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from hypothesis import HealthCheck, Phase, Verbosity, find, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import NoSuchExample
+from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS
+
+from nsa_verify.engine.drawing import BACKEND, SeededProvider
 
 T = TypeVar("T")
 
+RUN = 10
+"""Examples of one Hypothesis run. From the eleventh on it puts parts of an example into the next instead of drawing
+afresh, so that 500 examples of one run are variations of about 90."""
+
 
 def _settings(max_examples: int, *phases: Phase) -> settings:
+    AVAILABLE_PROVIDERS[BACKEND] = SeededProvider
     return settings(
         max_examples=max_examples,
         phases=phases,
@@ -23,8 +32,25 @@ def _settings(max_examples: int, *phases: Phase) -> settings:
         report_multiple_bugs=False,
         suppress_health_check=tuple(HealthCheck),
         verbosity=Verbosity.quiet,
-        backend="hypothesis",
+        backend=BACKEND,
     )
+
+
+def _runs(max_examples: int, seeded: int) -> Iterator[tuple[int, random.Random]]:
+    """How many examples each run draws, and its source of chance."""
+    for start in range(0, max_examples, RUN):
+        yield min(RUN, max_examples - start), random.Random(f"{seeded} {start}")
+
+
+def _find(
+    strategy: st.SearchStrategy[T], predicate: Callable[[T], bool], max_examples: int, seeded: int, *phases: Phase
+) -> T:
+    for examples, chance in _runs(max_examples, seeded):
+        try:
+            return find(strategy, predicate, settings=_settings(examples, *phases), random=chance)
+        except NoSuchExample:
+            continue
+    raise NoSuchExample(f"any of {max_examples} examples")
 
 
 def find_any(
@@ -34,30 +60,29 @@ def find_any(
 
     Raises ``hypothesis.errors.NoSuchExample`` if none of the first ``max_examples`` does.
     """
-    drawing = _settings(max_examples, Phase.generate)
-    return find(strategy, predicate, settings=drawing, random=random.Random(seeded))
+    return _find(strategy, predicate, max_examples, seeded, Phase.generate)
 
 
 def minimal(
-    strategy: st.SearchStrategy[T], predicate: Callable[[T], bool], max_examples: int = 3000, seeded: int = 0
+    strategy: st.SearchStrategy[T], predicate: Callable[[T], bool], max_examples: int = 2000, seeded: int = 0
 ) -> T:
     """What the first example that satisfies ``predicate`` shrinks to.
 
     Raises ``hypothesis.errors.NoSuchExample`` if none of the first ``max_examples`` does.
     """
-    shrinking = _settings(max_examples, Phase.generate, Phase.shrink)
-    return find(strategy, predicate, settings=shrinking, random=random.Random(seeded))
+    return _find(strategy, predicate, max_examples, seeded, Phase.generate, Phase.shrink)
 
 
 def draw_many(strategy: st.SearchStrategy[T], examples: int, seeded: int = 0) -> list[T]:
     """``examples`` drawn examples (fewer if the strategy has fewer), in the order in which they were drawn."""
     drawn: list[T] = []
+    for size, chance in _runs(examples, seeded):
 
-    @seed(seeded)
-    @_settings(examples, Phase.generate)
-    @given(strategy)
-    def collect(example: T) -> None:
-        drawn.append(example)
+        @seed(chance.getrandbits(64))
+        @_settings(size, Phase.generate)
+        @given(strategy)
+        def collect(example: T) -> None:
+            drawn.append(example)
 
-    collect()
+        collect()
     return drawn

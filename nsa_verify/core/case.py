@@ -307,22 +307,28 @@ def row_slots(setup: Setup, replay: Replay, row: int, columns: int) -> tuple[int
 
 
 def size_of(case: Case) -> tuple[int, ...]:
-    """A measure for "smaller": fewer replays, fewer requests, fewer special features, then smaller numbers."""
+    """A measure for "smaller": fewer replays, smaller batches, fewer special features, smaller numbers, less padding.
+
+    A padded row is no smaller than a request like it: a batch of one request is simpler than an empty one.
+    """
     setup, plain = case.setup, Setup()
     requests = [request for replay in case.replays for request in replay.requests]
     features = sum(getattr(setup, field) != getattr(plain, field) for field in _FEATURES)
     features += (setup.pool_row_stride != setup.pool_width) + (setup.table_row_stride != setup.table_width)
     features += sum((replay.slots is not SlotKind.SEQUENTIAL) + (replay.pool_seed != 0) for replay in case.replays)
-    lengths = sum(request.seq_len + request.pool_row for request in requests)
+    padded = [case.bucket(index) - len(replay.requests) for index, replay in enumerate(case.replays)]
+    lengths = sum(request.seq_len + request.pool_row for request in requests) + sum(padded) * setup.fill_seq_len
     accepted = sum(request.accept_len for request in requests)
+    accepted += sum(rows * it.padded_accept_len for rows, it in zip(padded, case.replays, strict=True))
     frozen = setup.num_steps + setup.num_draft_tokens + setup.page_size + sum(setup.buckets) + setup.index_topk
     return (
         len(case.replays),
-        len(requests),
+        len(requests) + sum(padded),
         features,
         lengths,
         accepted + frozen,
         setup.table_width + setup.pool_width,
+        sum(padded),
     )
 
 

@@ -9,12 +9,15 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from nsa_verify.core.implementation import Implementation, Refresh, registered
+
+T = TypeVar("T")
 
 ENTRY_POINT_GROUP: Final = "nsa_verify.implementations"
 
@@ -66,7 +69,7 @@ def load_reference(reference: str) -> tuple[str, ...]:
         origin = _import_file(reference)
     else:
         origin = module
-        if _import(reference, lambda: importlib.util.find_spec(module)) is None:
+        if not module or _import(reference, lambda: _find_spec(module)) is None:
             raise ImplementationError(
                 f"--impl {reference}: there is no module {module!r}; give a file or an importable module"
             )
@@ -84,8 +87,19 @@ def load_reference(reference: str) -> tuple[str, ...]:
     return known
 
 
+def _find_spec(module: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+            return None
+        raise
+
+
 def _import_file(reference: str) -> str:
     path = Path(reference)
+    if path.is_dir():
+        raise ImplementationError(f"--impl {reference}: is a folder; give the Python file in it")
     if not path.is_file():
         raise ImplementationError(f"--impl {reference}: there is no such file")
     path = path.resolve()
@@ -99,24 +113,30 @@ def _import_file(reference: str) -> str:
     sys.modules[name] = module
     loader = spec.loader
     try:
-        _import(reference, lambda: loader.exec_module(module))
+        _import(reference, lambda: loader.exec_module(module), str(path))
     except ImplementationError:
         del sys.modules[name]
         raise
     return str(path)
 
 
-def _import(reference: str, load_it: object) -> object:
-    """Call ``load_it``; whatever it raises becomes one sentence with the innermost line."""
+def _blamed(frames: list[traceback.FrameSummary], origin: str) -> traceback.FrameSummary:
+    """The innermost line of the file ``origin``; failing that, of anything but the import system and this package."""
+    own = [it for it in frames if it.filename == origin]
+    machinery = ("<frozen importlib", importlib.__file__, str(Path(__file__).parent))
+    return [frames[-1], *(it for it in frames if not it.filename.startswith(machinery)), *own][-1]
+
+
+def _import(reference: str, load_it: Callable[[], T], origin: str = "") -> T:
+    """Call ``load_it``; whatever it raises becomes one sentence with the line to blame, in ``origin`` if it can be."""
     try:
-        return load_it()  # type: ignore[operator]
+        return load_it()
     except ImplementationError:
         raise
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        at = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (frame.filename, frame.lineno)
-        where = f"{Path(at[0] or '?').name}:{at[1]}"
-        lines = str(error).splitlines() or [""]
-        raise ImplementationError(
-            f"--impl {reference}: importing it raised {type(error).__name__}: {lines[0]} ({where}); mend that line"
-        ) from error
+        frame = _blamed(list(traceback.extract_tb(error.__traceback__)), origin)
+        at, what = (frame.filename, frame.lineno), str(error)
+        if isinstance(error, SyntaxError):
+            at, what = (error.filename or "?", error.lineno), error.msg
+        sentence = f"{type(error).__name__}: {(what.splitlines() or [''])[0]} ({Path(at[0]).name}:{at[1]})"
+        raise ImplementationError(f"--impl {reference}: importing it raised {sentence}; mend that line") from error

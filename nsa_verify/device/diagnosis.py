@@ -151,7 +151,8 @@ def _finding(snapshot: Snapshot, wrong: _Wrong, blank: Finding) -> Finding:
         region=zone.kind if zone.kind != "buffer" else _REGIONS[region],
         expected=expected,
         got=got,
-        before=int(snapshot.before[index]),
+        # The inputs of this replay were put in place after the snapshot.
+        before=expected if zone.kind == "input" else int(snapshot.before[index]),
         count=wrong.count,
         message=f"{where}: expected {_show(expected)}, got {_show(got)}",
         window=tuple(_window(snapshot, zone, index)),

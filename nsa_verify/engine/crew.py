@@ -20,7 +20,7 @@ from nsa_verify.engine.plan import Plan
 P = ParamSpec("P")
 T = TypeVar("T")
 
-GRACE_S = 3.0
+GRACE_S = 2.0
 """How long after Ctrl-C a worker process may take to end its case before it is killed."""
 POLL_S = 0.2
 
@@ -33,14 +33,15 @@ class Crew:
     """``submit`` work, get futures. With one worker the work is done in this process, at once.
 
     Worker processes are spawned, never forked: they may hold a CUDA context, and threads. While the crew is entered the
-    first Ctrl-C asks the work to end with what it has and sets ``interrupted``; a second one is a ``KeyboardInterrupt``
-    wherever it comes.
+    first Ctrl-C asks the work to end with what it has and sets ``interrupted``; a second one, or one that comes before
+    the workers are up, is a ``KeyboardInterrupt`` wherever it strikes.
     """
 
     def __init__(self, workers: int) -> None:
         self._pool: ProcessPoolExecutor | None = None
         self.workers = workers
         self.interrupted = False
+        self._up = False
         self._interrupted_at_s = 0.0
         self._handler: Any = None
         self._strangers: set[BaseProcess] = set(multiprocessing.active_children())
@@ -65,6 +66,7 @@ class Crew:
         """Have every worker start up, and return what they say. Raises what kept one from starting."""
         futures = [self.submit(worker.hello, plan) for _ in range(self.workers)]
         results = [future.result() for future in futures]
+        self._up = True
         return results[0]
 
     def wait(self, futures: Iterable[Future[T]]) -> set[Future[T]]:
@@ -121,7 +123,7 @@ class Crew:
             ) from error
 
     def _on_interrupt(self, _: int, __: FrameType | None) -> None:
-        if self.interrupted:
+        if self.interrupted or not self._up:
             raise KeyboardInterrupt
         self.stop()
         if self._pool is None and worker.is_judging():

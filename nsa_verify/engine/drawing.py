@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hypothesis import Phase, given, seed, settings
@@ -26,6 +27,17 @@ class SeededProvider(HypothesisProvider):
 
     def _maybe_draw_constant(self, *_: Any, **__: Any) -> None:
         return None
+
+
+@contextmanager
+def _without_constants() -> Iterator[None]:
+    """The shrinker draws now and then, and from Hypothesis's own provider whatever the backend is."""
+    usual = HypothesisProvider._maybe_draw_constant
+    HypothesisProvider._maybe_draw_constant = SeededProvider._maybe_draw_constant  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        HypothesisProvider._maybe_draw_constant = usual  # type: ignore[method-assign]
 
 
 class Found(Exception):
@@ -75,4 +87,5 @@ def _drive(plan: Plan, index: int, body: Callable[[Case], None], phases: tuple[P
     def test(case: Case) -> None:
         body(case)
 
-    seed(plan.round_seed(index))(chosen(given(case=strategy)(test)))()
+    with _without_constants():
+        seed(plan.round_seed(index))(chosen(given(case=strategy)(test)))()

@@ -95,6 +95,8 @@ def _rounds(plan: Plan, crew: Crew, state: _State) -> Iterator[Event]:
         for future in done:
             result = crew.result(future)
             if result is not None:
+                if result.stopped:
+                    crew.stop()
                 yield from _round(state, result)
 
 
@@ -130,6 +132,8 @@ def _shrinks(plan: Plan, crew: Crew, state: _State, keep: Keep) -> Iterator[Even
         for future in crew.wait(running):
             signature = running.pop(future)
             result = crew.result(future)
+            if result is not None and result.stopped:
+                crew.stop()
             note = "the shrink was interrupted" if crew.interrupted else ""
             state.kept.add(signature)
             yield keep(_minimal(state.first[signature][1], result, note))

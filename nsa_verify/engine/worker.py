@@ -92,8 +92,13 @@ START_TIMEOUT_S = 300.0
 
 _engine_stops: EventType | None = None
 _all_ready: Barrier | None = None
-_stopping = False
-_judging = False
+
+
+class _Here:
+    """What this very process is doing."""
+
+    stopping = False
+    judging = False
 
 
 def obey(stop: EventType, all_ready: Barrier) -> None:
@@ -114,18 +119,17 @@ def _follow_engine() -> None:
 
 def stop(stopping: bool = True) -> None:
     """Ask what runs in this very process to end; False takes it back."""
-    global _stopping
-    _stopping = stopping
+    _Here.stopping = stopping
 
 
 def is_judging() -> bool:
     """Whether a case is being judged in this process right now: then a ``KeyboardInterrupt`` costs that case only."""
-    return _judging
+    return _Here.judging
 
 
 def stop_if_asked() -> None:
     """Between two cases: end what this worker does, with what it has."""
-    if _stopping or (_engine_stops is not None and _engine_stops.is_set()):
+    if _Here.stopping or (_engine_stops is not None and _engine_stops.is_set()):
         raise KeyboardInterrupt
 
 
@@ -171,6 +175,7 @@ def run_round(plan: Plan, index: int, deadline: float = 0.0) -> RoundResult:
     started = time.perf_counter()
     result = RoundResult(index, 0, Matrix(), [], [], "", 0.0)
     lines: list[str] = []
+    named = {it.name: it for it in implementations}
 
     def visit(case: Case) -> None:
         stop_if_asked()
@@ -178,7 +183,7 @@ def run_round(plan: Plan, index: int, deadline: float = 0.0) -> RoundResult:
             return
         repeat = result.cases % REPEAT_EVERY == 0
         for verdict in judge_case(case, implementations, plan.executors, device, repeat):
-            _count(result, case, verdict)
+            _count(result, case, verdict, named[verdict.implementation])
             lines.append(f"{msgspec.json.encode(case).decode()} {_summary(verdict)}")
         result.cases += 1
 
@@ -202,13 +207,12 @@ def judge_case(
     from nsa_verify.device.executors import EXECUTORS
     from nsa_verify.device.judge import Judge
 
-    global _judging
-    _judging = True
+    _Here.judging = True
     try:
         judge: Judge = Judge(case, device)
         return [judge.judge(it, EXECUTORS[executor], repeat) for executor in executors for it in implementations]
     finally:
-        _judging = False
+        _Here.judging = False
 
 
 def judge_saved(plan: Plan, case: Case) -> list[Verdict]:
@@ -259,7 +263,7 @@ def _disagrees(case: Case, accused: tuple[Implementation, ...], signature: Signa
     return judge_case(case, accused, (signature.executor,), device)[0].outcome is Outcome.DISAGREE
 
 
-def _count(result: RoundResult, case: Case, verdict: Verdict) -> None:
+def _count(result: RoundResult, case: Case, verdict: Verdict, judged: Implementation) -> None:
     primary = verdict.primary
     if verdict.outcome is Outcome.UNKNOWN:
         result.unjudged.append(Unjudged(verdict, case))
@@ -267,13 +271,15 @@ def _count(result: RoundResult, case: Case, verdict: Verdict) -> None:
         result.seen.append(Seen(primary.signature, primary, case, result.cases))
     for mode in dict.fromkeys(replay.mode for replay in case.replays):
         cell = Cell()
-        if mode not in verdict.modes:
-            cell.not_applicable = 1
-            cell.reasons[verdict.reason or "mode not declared"] = 1
-        else:
+        reason = judged.not_applicable(case.setup, mode)
+        unknown = verdict.outcome is Outcome.UNKNOWN
+        if reason is None and (unknown or mode in verdict.modes):
             cell.cases = 1
-            cell.unknown = int(verdict.outcome is Outcome.UNKNOWN)
+            cell.unknown = int(unknown)
             cell.disagree = int(primary is not None and primary.mode is mode)
+        else:
+            cell.not_applicable = 1
+            cell.reasons[reason or verdict.reason] = 1
         result.matrix.cell(verdict.implementation, verdict.executor, mode).add(cell)
 
 

@@ -9,7 +9,7 @@ import click
 from nsa_verify.engine.corpus import CorpusError, Entry, load, scan
 from nsa_verify.shell import options as opt
 from nsa_verify.shell.options import ExitCode, Unable
-from nsa_verify.shell.render import case_lines, columns, json_text
+from nsa_verify.shell.render import case_lines, columns, counted, json_text
 from nsa_verify.shell.reporter import console, say
 
 
@@ -39,7 +39,7 @@ def list_cases(corpus: str, as_json: bool, no_color: bool) -> None:
     else:
         for line in columns(rows) if rows else []:
             say(out, line)
-        say(out, f"{len(rows)} cases")
+        say(out, counted(len(rows), "case"))
     for problem in problems:
         click.echo(f"Error: {problem}", err=True)
     if problems:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -30,6 +32,43 @@ class Unable(click.ClickException):
     exit_code = ExitCode.UNABLE
 
 
+class Group(click.Group):
+    """The program: whatever stops it is one sentence on standard error and a documented exit code."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """As click's."""
+        with _sentences():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's."""
+        with _sentences():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        # With a context click prints the usage and a hint as well; the sentence alone is easier to find.
+        hint = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
+        raise Unable(error.format_message().rstrip(".") + hint) from error
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        raise SystemExit(ExitCode.INTERRUPTED) from None
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except Exception as error:
+        # Python's own exit code for an exception is 1, which says here that an implementation disagrees.
+        traceback.print_exc()
+        raise Unable(f"nsa-verify itself failed ({type(error).__name__}); please report the lines above") from error
+
+
 IMPL = click.option(
     "--impl",
     "references",
@@ -40,24 +79,19 @@ IMPL = click.option(
 ONLY = click.option("--only", multiple=True, metavar="NAME", help="Run this implementation only; may be repeated.")
 
 
-class ModeType(click.ParamType[Mode]):
-    """A mode: ``draft-extend``, ``DRAFT_EXTEND``."""
-
-    name = "mode"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Mode:
-        """The mode of this name, however it is spelt."""
-        try:
-            return Mode(str(value).lower().replace("_", "-"))
-        except ValueError:
-            self.fail(f"{value!r} is not one of {', '.join(Mode)}.", param, ctx)
+def _modes(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Mode, ...]:
+    """Modes however they are spelt: ``draft-extend``, ``DRAFT_EXTEND``."""
+    try:
+        return tuple(Mode(value.lower().replace("_", "-")) for value in values)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; there are {', '.join(Mode)}", param=parameter) from error
 
 
 MODE = click.option(
     "--mode",
     "modes",
     multiple=True,
-    type=ModeType(),
+    callback=_modes,
     metavar="MODE",
     help=f"Draw this mode only ({', '.join(Mode)}); may be repeated.",
 )
@@ -112,7 +146,7 @@ def worker_count(text: str, device: str, no_isolation: bool, most: int) -> int:
     if no_isolation:
         return 1
     if text == "auto":
-        return max(1, min(os.cpu_count() or 1, most)) if not _has_cuda(device) else 1
+        return max(1, min(len(os.sched_getaffinity(0)), most)) if not _has_cuda(device) else 1
     if not text.isdigit() or not 1 <= int(text) <= 256:
         raise Unable(f"--workers {text}: must be a number from 1 to 256, or auto")
     return max(1, min(int(text), most))

@@ -8,6 +8,7 @@ imports torch only when a saved case is collected. Each file gives one item per 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("nsa_corpus", "folder of saved cases, relative to the ini file", default="")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What ``--nsa-corpus`` names is collected wherever it lies, and must be there."""
+    corpus = _corpus(config) if config.getoption("--nsa-corpus") else None
+    if corpus is None:
+        return
+    if not corpus.exists():
+        raise pytest.UsageError(f"--nsa-corpus {config.getoption('--nsa-corpus')}: there is no such folder")
+    here = config.invocation_params.dir
+    if not any(corpus.is_relative_to(os.path.abspath(here / arg.partition("::")[0])) for arg in config.args):
+        config.args.append(str(corpus))
+
+
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     """A saved case under the corpus."""
     if file_path.suffix != ".json":
@@ -44,9 +57,9 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 def _corpus(config: pytest.Config) -> Path | None:
     given = config.getoption("--nsa-corpus") or os.environ.get("NSA_VERIFY_CORPUS")
     if given:
-        return Path(given).absolute()
+        return Path(os.path.abspath(config.invocation_params.dir / given))
     named = config.getini("nsa_corpus")
-    return (config.rootpath / named).absolute() if named else None
+    return Path(os.path.abspath(config.rootpath / named)) if named else None
 
 
 class SavedCase(pytest.File):
@@ -77,7 +90,8 @@ def _implementations(config: pytest.Config) -> tuple[str, tuple[Implementation, 
     try:
         return prepare(device, tuple(config.getoption("--nsa-impl")), tuple(config.getoption("--nsa-only")))
     except (ImplementationError, DeviceError) as error:
-        raise pytest.UsageError(str(error)) from error
+        # A sentence of this exception is shown without a traceback.
+        raise pytest.Collector.CollectError(re.sub("^--", "--nsa-", str(error))) from error
 
 
 class CaseFailed(Exception):

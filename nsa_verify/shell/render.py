@@ -116,26 +116,32 @@ def explanation_lines(code: Code) -> list[str]:
     ]
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 case``, ``2 cases``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def cell_text(cell: Cell | None) -> str:
-    """A matrix cell: how many cases agreed, disagreed, could not be judged, were not applicable and why."""
+    """A matrix cell: how many cases agreed, disagreed, could not be judged, were not applicable."""
     if cell is None:
         return "not drawn"
-    parts = []
     agreed = cell.cases - cell.disagree - cell.unknown
-    if agreed:
-        parts.append(f"{agreed} agree")
-    if cell.disagree:
-        parts.append(f"{cell.disagree} DISAGREE")
-    if cell.unknown:
-        parts.append(f"{cell.unknown} UNKNOWN")
-    if cell.not_applicable:
-        reason = max(cell.reasons, key=lambda text: cell.reasons[text])
-        parts.append(f"{cell.not_applicable} n/a ({reason})")
-    return ", ".join(parts) or "none"
+    parts = {"agree": agreed, "DISAGREE": cell.disagree, "UNKNOWN": cell.unknown, "n/a": cell.not_applicable}
+    return ", ".join(f"{count} {name}" for name, count in parts.items() if count) or "none"
+
+
+def reason_lines(matrix: Matrix) -> list[str]:
+    """Why cases were not applicable: a line per implementation and reason, with the modes and how many cases."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for (implementation, _, mode), cell in sorted(matrix.cells.items()):
+        for reason, count in sorted(cell.reasons.items()):
+            found.setdefault((implementation, reason), []).append(f"{mode} {count}")
+    rows = [("n/a", implementation, f"{reason} ({', '.join(at)})") for (implementation, reason), at in found.items()]
+    return columns(rows) if rows else []
 
 
 def matrix_rows(matrix: Matrix, subjects: Iterable[Subject], modes: Sequence[Mode]) -> list[tuple[str, ...]]:
-    """Header and one row per (implementation, executor)."""
+    """Header and one row per (implementation, executor); no row if no case was judged."""
     executors = sorted({executor for _, executor, _ in matrix.cells})
     rows: list[tuple[str, ...]] = [("implementation", "executor", *modes)]
     for subject in subjects:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import msgspec
+from rich.console import Console
 
 from nsa_verify.core.findings import Outcome
 from nsa_verify.core.registry import ImplementationError
@@ -16,7 +17,7 @@ from nsa_verify.engine.replaying import Replayed, Status, replay_saved
 from nsa_verify.engine.worker import Hello
 from nsa_verify.shell import options as opt
 from nsa_verify.shell.options import ExitCode, Unable
-from nsa_verify.shell.render import case_lines, finding_lines, json_text, title
+from nsa_verify.shell.render import case_lines, counted, finding_lines, json_text, title
 from nsa_verify.shell.reporter import console, say
 
 _STYLES = {Status.FIXED: "green", Status.FAILED: "bold red", Status.ERROR: "bold yellow"}
@@ -54,48 +55,47 @@ def replay(
         count = opt.worker_count(workers, device, no_isolation, 1 + len(paths) // 20)
         chosen = tuple(dict.fromkeys(executors)) or ("eager",)
         plan = Plan(device=device, references=references, only=only, executors=chosen, workers=count)
-        results = []
-        for event in replay_saved(plan, paths):
-            if isinstance(event, Hello):
+        results: list[Replayed] = []
+        interrupted = False
+        try:
+            for event in replay_saved(plan, paths):
                 if not as_json:
-                    say(out, f"{len(paths)} saved cases on {event.description}", "bold")
-            else:
-                results.append(event)
-                if not as_json:
-                    _show(out, event)
+                    _show(out, event, len(paths))
+                if isinstance(event, Replayed):
+                    results.append(event)
+        except KeyboardInterrupt:
+            interrupted = True
     except (CorpusError, DeviceError, EngineError, ImplementationError) as error:
         raise Unable(str(error)) from error
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        raise SystemExit(ExitCode.INTERRUPTED) from None
     counts = {status: sum(result.status is status for result in results) for status in Status}
+    left = len(paths) - len(results)
     if as_json:
-        say(out, json_text({"cases": [_builtins(result) for result in results], "counts": counts}))
+        say(out, json_text({"cases": [_builtins(result) for result in results], "counts": counts, "not_judged": left}))
     else:
-        say(out, ", ".join(f"{count} {status}" for status, count in counts.items()))
+        not_judged = f"; interrupted, {left} not judged" if interrupted else ""
+        say(out, ", ".join(f"{count} {status}" for status, count in counts.items()) + not_judged)
     failed = ExitCode.DISAGREE if counts[Status.FAILED] else ExitCode.AGREE
-    raise SystemExit(ExitCode.UNABLE if counts[Status.ERROR] else failed)
+    code = ExitCode.UNABLE if counts[Status.ERROR] else failed
+    raise SystemExit(ExitCode.INTERRUPTED if interrupted else code)
 
 
-def _show(out: object, result: Replayed) -> None:
-    from rich.console import Console
-
-    assert isinstance(out, Console)
-    judged = [verdict for verdict in result.verdicts if verdict.outcome in (Outcome.AGREE, Outcome.DISAGREE)]
+def _show(out: Console, event: Hello | Replayed, paths: int) -> None:
+    if isinstance(event, Hello):
+        say(out, f"{counted(paths, 'saved case')} on {event.description}", "bold")
+        return
+    style = _STYLES[event.status]
+    if event.problem:
+        say(out, f"{event.status:6} {event.problem}", style)
+        return
+    judged = [verdict for verdict in event.verdicts if verdict.outcome in (Outcome.AGREE, Outcome.DISAGREE)]
     wrong = [verdict for verdict in judged if verdict.outcome is Outcome.DISAGREE]
-    say(
-        out,
-        f"{result.status:6} {result.path} ({len(judged) - len(wrong)} of {len(judged)} agree)",
-        _STYLES[result.status],
-    )
-    if result.problem:
-        say(out, f"       {result.problem}")
+    say(out, f"{event.status:6} {event.path} ({len(judged) - len(wrong)} of {len(judged)} agree)", style)
     for verdict in wrong:
         finding = verdict.primary
         assert finding is not None
+        assert event.entry is not None
         say(out, f"  {finding.implementation} [{finding.executor}] {title(finding.code)}", "red")
-        assert result.entry is not None
-        for line in [*case_lines(result.entry.case, finding.replay), *finding_lines(finding)]:
+        for line in [*case_lines(event.entry.case, finding.replay), *finding_lines(finding)]:
             say(out, f"    {line}")
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import click
 import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from nsa_verify.core.case import Mode
+from nsa_verify.core.findings import Outcome
 from nsa_verify.engine.events import (
     CheckFailed,
     Disagreement,
@@ -23,7 +28,17 @@ from nsa_verify.engine.events import (
     Shrinking,
     WorkersReady,
 )
-from nsa_verify.shell.render import case_lines, finding_lines, json_text, matrix_rows, title
+from nsa_verify.engine.plan import Plan
+from nsa_verify.shell.render import (
+    case_lines,
+    columns,
+    counted,
+    finding_lines,
+    json_text,
+    matrix_rows,
+    reason_lines,
+    title,
+)
 
 PLAIN_PROGRESS_EVERY_S = 5.0
 
@@ -34,13 +49,50 @@ class Reporter(Protocol):
     def handle(self, event: Event) -> None:
         """Take note of one event."""
 
-    def close(self) -> None:
-        """The run is over, or was broken off."""
+    def close(self, code: int, problem: str) -> None:
+        """The run is over with this exit code; ``problem`` is the sentence that says what stopped it, or ``""``."""
+
+
+class GuardedReporter:
+    """Keeps what goes wrong in a reporter away from the run: it is said once, and the run goes on without a report."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter: Reporter | None = reporter
+
+    def handle(self, event: Event) -> None:
+        """Pass the event on. A case that could not be saved is printed here if there is no report to be in."""
+        self._attempt(lambda reporter: reporter.handle(event))
+        if self._reporter is None and isinstance(event, Disagreement) and event.json:
+            click.echo(event.json, err=True)
+
+    def close(self, code: int, problem: str) -> None:
+        """Pass it on."""
+        self._attempt(lambda reporter: reporter.close(code, problem))
+
+    def _attempt(self, tell: Callable[[Reporter], None]) -> None:
+        if self._reporter is None:
+            return
+        try:
+            tell(self._reporter)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a report must not change a verdict
+            self._reporter = None
+            sentence = f"Error: the report failed ({type(error).__name__}: {error}); the run goes on without it"
+            click.echo(sentence, err=True)
+
+
+class QuietPipeConsole(Console):
+    """A console whose reader may go away, as in ``nsa-verify run | head``: it falls silent, all else goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Be silent from now on."""
+        self.quiet = True
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
 
 
 def console(no_color: bool, stderr: bool = False) -> Console:
     """A console that wraps nothing, and colours only on a terminal."""
-    made = Console(no_color=no_color or None, highlight=False, soft_wrap=True, stderr=stderr)
+    made = QuietPipeConsole(no_color=no_color or None, highlight=False, soft_wrap=True, stderr=stderr)
     if not made.is_terminal:
         made.width = 10_000
     return made
@@ -54,10 +106,12 @@ def say(out: Console, text: str = "", style: str | None = None) -> None:
 class TerminalReporter:
     """For people: progress, findings as they are shrunk, the matrix. On a pipe plain lines without colour."""
 
-    def __init__(self, out: Console, modes: Sequence[Mode], references: Sequence[str]) -> None:
-        self._out, self._modes, self._references = out, modes, references
+    def __init__(self, out: Console, plan: Plan) -> None:
+        self._out, self._plan = out, plan
         self._started: RunStarted | None = None
         self._found: list[Disagreement] = []
+        self._unknown: set[tuple[str, str, str]] = set()
+        self._start_up_s = 0.0
         self._progress: Progress | None = None
         self._task: Any = None
         self._last_line = time.monotonic()
@@ -68,13 +122,14 @@ class TerminalReporter:
             case RunStarted():
                 self._start(event)
             case WorkersReady():
+                self._start_up_s = event.seconds
                 self._begin_progress()
             case RoundFinished():
                 self._advance(event)
             case DisagreementSeen():
                 self._line(f"seen {event.signature}: {event.finding.message}", "yellow")
             case CheckFailed():
-                self._line(f"UNKNOWN {event.implementation} [{event.executor}]: {event.reason}", "red")
+                self._check_failed(event)
             case Shrinking():
                 self._end_progress()
                 self._line(f"shrinking {event.signature} ...")
@@ -85,7 +140,7 @@ class TerminalReporter:
                 self._end_progress()
                 self._finish(event)
 
-    def close(self) -> None:
+    def close(self, code: int, problem: str) -> None:  # noqa: ARG002 - both are on standard error
         """Leave the terminal as it was."""
         self._end_progress()
 
@@ -96,13 +151,13 @@ class TerminalReporter:
         self._started = event
         self._line(f"nsa-verify {event.version} on {event.device}", "bold")
         self._line(f"seed {event.seed}; {'; '.join(f'{name} {value}' for name, value in event.options.items())}")
-        given = [subject for subject in event.subjects if not subject.source.startswith("built-in")]
-        self._line(f"{len(event.subjects)} implementations: {', '.join(subject.name for subject in given)}")
+        names = [subject.name for subject in event.subjects]
+        self._line(f"{counted(len(names), 'implementation')}: {', '.join(names)}")
 
     def _begin_progress(self) -> None:
         if self._out.is_terminal and self._started is not None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._progress = Progress(*columns, console=self._out, transient=True)
+            parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._progress = Progress(*parts, console=self._out, transient=True)
             self._progress.start()
             self._task = self._progress.add_task("cases", total=self._started.planned_cases)
 
@@ -111,12 +166,20 @@ class TerminalReporter:
             self._progress.update(self._task, completed=event.cases_done)
         elif time.monotonic() - self._last_line > PLAIN_PROGRESS_EVERY_S:
             self._last_line = time.monotonic()
-            self._line(f"{event.cases_done} cases")
+            self._line(counted(event.cases_done, "case"))
 
     def _end_progress(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def _check_failed(self, event: CheckFailed) -> None:
+        key = (event.implementation, event.executor, event.reason)
+        if key not in self._unknown:
+            self._unknown.add(key)
+            self._line(f"UNKNOWN {event.implementation} [{event.executor}]: {event.reason}", "red")
+            for line in case_lines(event.case):
+                self._line(f"  {line}")
 
     def _show(self, found: Disagreement) -> None:
         finding = found.finding
@@ -132,51 +195,68 @@ class TerminalReporter:
         self._line(f"  {how}{again}{f'; {found.note}' if found.note else ''}")
         if found.path is not None:
             self._line(f"  saved     {found.path}")
-            self._line(f"  reproduce {reproduce(found, self._references)}")
+            self._line(f"  reproduce {reproduce(found, self._plan)}")
         else:
             self._line(f"  not saved: {found.problem}; the case itself:", "red")
             self._line(found.json)
 
     def _finish(self, event: RunFinished) -> None:
         assert self._started is not None
-        rows = matrix_rows(event.matrix, self._started.subjects, self._modes)
-        self._line()
-        if self._out.is_terminal:
-            table = Table(box=None, pad_edge=False, header_style="bold")
-            for name in rows[0]:
-                table.add_column(name, overflow="fold")
-            for row in rows[1:]:
-                table.add_row(*(f"[red]{cell}[/]" if "DISAGREE" in cell or "UNKNOWN" in cell else cell for cell in row))
-            self._out.print(table)
-        else:
-            from nsa_verify.shell.render import columns
-
-            for line in columns(rows):
+        rows = matrix_rows(event.matrix, self._started.subjects, self._plan.modes)
+        if len(rows) > 1:
+            self._line()
+            self._matrix(rows)
+            for line in reason_lines(event.matrix):
                 self._line(line)
         self._line()
         rate = event.cases / event.seconds if event.seconds else 0.0
         self._line(
-            f"{event.cases} cases in {event.seconds:.1f} s ({rate:.1f} cases/s), {event.stop}; digest {event.digest}"
+            f"{counted(event.cases, 'case')} in {event.seconds:.1f} s ({rate:.1f} cases/s,"
+            f" after {self._start_up_s:.1f} s to start), {event.stop}; digest {event.digest}"
         )
+        unknown = event.matrix.total(Outcome.UNKNOWN)
+        if unknown:
+            self._line(f"{counted(unknown, 'verdict')} unknown", "bold red")
         if not event.signatures:
-            self._line("no disagreement", "green" if event.cases else None)
+            if not unknown:
+                self._line("no disagreement" if event.cases else "nothing was judged", "green" if event.cases else None)
             return
-        self._line(f"{len(event.signatures)} distinct disagreements:", "bold red")
+        self._line(f"{counted(len(event.signatures), 'distinct disagreement')}:", "bold red")
         for found in self._found:
             self._line(f"  {found.signature}  {found.path or 'NOT SAVED'}")
 
+    def _matrix(self, rows: Sequence[Sequence[str]]) -> None:
+        if not self._out.is_terminal:
+            for line in columns(rows):
+                self._line(line)
+            return
+        # A table, because on a narrow terminal it folds its cells; Text, because square brackets are no markup.
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in rows[0]:
+            table.add_column(Text(name), overflow="fold", min_width=len(name))
+        for row in rows[1:]:
+            wrong = ["DISAGREE" in cell or "UNKNOWN" in cell for cell in row]
+            table.add_row(*(Text(cell, "red" if red else "") for cell, red in zip(row, wrong, strict=True)))
+        self._out.print(table)
 
-def reproduce(found: Disagreement, references: Sequence[str]) -> str:
-    """The command that runs the saved case again."""
-    given = "".join(f" --impl {reference}" for reference in references)
-    return f"nsa-verify replay {found.path} --only {found.signature.implementation}{given}"
+
+def reproduce(found: Disagreement, plan: Plan) -> str:
+    """The command that runs the saved case again, as a shell takes it."""
+    words = ["nsa-verify", "replay", str(found.path), "--only", found.signature.implementation]
+    for reference in plan.references:
+        words += ["--impl", reference]
+    if found.signature.executor != "eager":
+        words += ["--executor", found.signature.executor]
+    if plan.device != "auto":
+        words += ["--device", plan.device]
+    return shlex.join(words)
 
 
 class JsonReporter:
-    """One document at the end: options, matrix, findings, outcome."""
+    """One document at the end: options, matrix, findings, outcome. ``replay`` counts from 0 there."""
 
-    def __init__(self, out: Console, modes: Sequence[Mode], references: Sequence[str]) -> None:
-        self._out, self._modes, self._references = out, modes, references
+    def __init__(self, out: Console, plan: Plan) -> None:
+        self._out, self._plan = out, plan
         self._document: dict[str, Any] = {"findings": [], "unknown": []}
 
     def handle(self, event: Event) -> None:
@@ -188,7 +268,7 @@ class JsonReporter:
                 saved = str(event.path) if event.path else None
                 finding = msgspec.to_builtins(event.finding) | {"case": event.case, "path": saved, "note": event.note}
                 finding |= {"problem": event.problem, "shrunk": event.shrunk, "reliability": event.reliability}
-                finding["reproduce"] = reproduce(event, self._references) if saved else None
+                finding["reproduce"] = reproduce(event, self._plan) if saved else None
                 self._document["findings"].append(finding)
             case CheckFailed():
                 self._document["unknown"].append(event)
@@ -197,9 +277,10 @@ class JsonReporter:
             case _:
                 pass
 
-    def close(self) -> None:
+    def close(self, code: int, problem: str) -> None:
         """Print the document."""
-        self._out.print(json_text(self._document), markup=False, emoji=False)
+        self._document |= {"exit_code": code, "error": problem}
+        say(self._out, json_text(self._document))
 
     def _finish(self, event: RunFinished) -> None:
         matrix: dict[str, Any] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from nsa_verify import Case, Code, Mode
+from nsa_verify.core.case import shortest
 from nsa_verify.core.oracle import batch, expect
 
 KERNELS: Final = Path(__file__).resolve().parent.parent.parent / "kernels"
@@ -64,13 +65,13 @@ def _one_request_of_length_1(case: Case) -> bool:
     return [seq_len for seq_len, _ in requests_of(case)] == [1]
 
 
-def _one_underflow(case: Case) -> bool:
-    """Only a padded row is shorter than what is subtracted from it, and by no more than it must be."""
+def _only_padding_underflows(case: Case) -> bool:
+    """At most one real request, as short as its mode allows."""
     (replay,) = case.replays
-    given, tokens, fill = batch(case, 0), case.setup.num_draft_tokens, case.setup.fill_seq_len
-    padded = given.bucket - len(replay.requests)
-    shortest = fill - given.accept_lens[-1] + 1
-    return padded == 1 and len(replay.requests) <= 1 and shortest == -1 and tokens == given.accept_lens[-1]
+    lengths = [(it.seq_len, shortest(case.setup, replay.mode, it.accept_len)) for it in replay.requests]
+    given = batch(case, 0)
+    too_short = given.seq_lens[-1] - given.accept_lens[-1] + 1 < 0
+    return len(lengths) <= 1 and all(length == least for length, least in lengths) and too_short
 
 
 def _one_row_of_length_top_k(case: Case) -> bool:
@@ -78,9 +79,12 @@ def _one_row_of_length_top_k(case: Case) -> bool:
     return len(requests_of(case)) == 1 and case.setup.index_topk in row.values
 
 
-def _first_of_two_tokens_accepted(case: Case) -> bool:
-    replay = case.replays[0]
-    return (case.setup.num_draft_tokens, replay.mode, requests_of(case)) == (2, Mode.DRAFT_EXTEND, [(1, 1)])
+def _one_row_past_the_total(case: Case) -> bool:
+    """Two tokens of which one is accepted; or of two requests with one token each, one accepted and one not."""
+    if case.replays[0].mode is not Mode.DRAFT_EXTEND or any(seq_len != 1 for seq_len, _ in requests_of(case)):
+        return False
+    rows = case.setup.captured_rows(Mode.DRAFT_EXTEND, case.bucket(0))
+    return (rows, expect(case, 0).defined_rows) == (2, 1)
 
 
 def _verify_of_one_token(case: Case) -> bool:
@@ -107,7 +111,7 @@ BUGS: Final = (
         right="torch.cat(ranges).clamp(min=0)",
         wrong="torch.cat(ranges)",
         code=Code.INVARIANT,
-        smallest=_one_underflow,
+        smallest=_only_padding_underflows,
     ),
     Bug(
         name="top-k-comparison",
@@ -123,8 +127,8 @@ BUGS: Final = (
     Bug(
         name="page-column-off-by-one",
         module="vectorized",
-        right="inputs.req_to_token[pool_rows, : setup.table_width]",
-        wrong="inputs.req_to_token.roll(-1, dims=1)[pool_rows, : setup.table_width]",
+        right="inputs.req_to_token[:, : setup.table_width]",
+        wrong="inputs.req_to_token.roll(-1, dims=1)[:, : setup.table_width]",
         code=Code.WRONG_VALUE,
         smallest=_one_request_of_length_1,
     ),
@@ -154,7 +158,7 @@ BUGS: Final = (
         right="    step.page_table_1[:rows].copy_(page_table)\n",
         wrong="    step.page_table_1[:rows].copy_(page_table)\n    step.page_table_1[rows : rows + 1].zero_()\n",
         code=Code.FRAME_WRITTEN,
-        smallest=_first_of_two_tokens_accepted,
+        smallest=_one_row_past_the_total,
     ),
     Bug(
         name="seq-lens-in-place",

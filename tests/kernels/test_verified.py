@@ -1,0 +1,175 @@
+"""Every implementation under the whole check: the corners that crashed engines, and cases drawn at random."""
+
+from __future__ import annotations
+
+import ast
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nsa_verify.kernels
+from nsa_verify import Case, CtxLens, Layout, Mode, Outcome, Replay, Request, Setup, SlotKind, verify
+from nsa_verify.core.case import longest, shortest
+from nsa_verify.core.implementation import registered
+
+NAMES = ("python-loop", "vectorized", "triton-fused", "triton-inplace", "precomputed-copy")
+
+
+def _replays(*requests: tuple[int, int], **fields: Any) -> tuple[Replay, ...]:
+    """One replay per mode over ``(seq_len, accept_len)`` requests, then one without a request."""
+    rows = tuple(Request(seq_len=seq_len, accept_len=accept_len) for seq_len, accept_len in requests)
+    return (*(Replay(mode=mode, requests=rows, **fields) for mode in Mode), Replay(mode=Mode.DRAFT_EXTEND_V2))
+
+
+def _corners() -> Iterator[Any]:
+    wide: dict[str, Any] = {
+        "num_draft_tokens": 4,
+        "page_size": 16,
+        "table_width": 40,
+        "pool_width": 52,
+        "buckets": (2, 4),
+    }
+    optional: dict[str, Any] = {"schedule": True, "num_sms": 3, "ctx_lens": CtxLens.OWN}
+    yield pytest.param(Setup(**wide, **optional), _replays((20, 4), (7, 0), (40, 1)), id="padded")
+    yield pytest.param(Setup(**wide, **optional, fill_seq_len=0), _replays((4, 4)), id="fill-0")
+    yield pytest.param(Setup(**wide, ctx_lens=CtxLens.VIEW), _replays((48, 3), (41, 2), (39, 1)), id="context-wall")
+    yield pytest.param(Setup(**wide, index_topk=2048, fill_seq_len=0), (Replay(),), id="all-padding")
+    aliased: dict[str, Any] = {"aliased_seq_lens": True, "num_steps": 3, "table_row_stride": 43, "stride_skew": 5}
+    yield pytest.param(Setup(**wide, **aliased, host_lengths=False), _replays((20, 4), (7, 0)), id="aliased")
+    strided: dict[str, Any] = {
+        "layout": Layout.STRIDED,
+        "input_tail": 3,
+        "pool_index_dtype": "int32",
+        "pool_row_stride": 55,
+    }
+    yield pytest.param(Setup(**wide, **strided), _replays((20, 4), (7, 0)), id="strided")
+    narrow: dict[str, Any] = {"page_size": 1, "seq_lens_dtype": "int64", "layout": Layout.OFFSET}
+    yield pytest.param(Setup(**(wide | narrow), **optional), _replays((20, 4), (7, 2)), id="page-size-1")
+    scattered = _replays((20, 4), (9, 1), slots=SlotKind.SCATTERED, pool_seed=7)
+    yield pytest.param(Setup(**(wide | {"page_size": 128})), scattered, id="page-size-128")
+    rows = tuple((5 + 3 * row, row % 5) for row in range(33))
+    many: dict[str, Any] = {
+        "num_draft_tokens": 5,
+        "table_width": 110,
+        "pool_width": 120,
+        "buckets": (33,),
+        "page_size": 32,
+    }
+    yield pytest.param(Setup(**many, **optional, index_topk=30), _replays(*rows), id="more-rows-than-a-tile")
+    long: dict[str, Any] = {"table_width": 2200, "pool_width": 2210, "page_size": 64, "index_topk": 2048}
+    yield pytest.param(Setup(**long, **optional), _replays((2200, 1)), id="more-columns-than-a-program")
+    lots: dict[str, Any] = {
+        "num_draft_tokens": 8,
+        "table_width": 20,
+        "pool_width": 30,
+        "buckets": (72,),
+        "num_sms": 132,
+    }
+    rows = tuple((8 + row % 13, row % 9) for row in range(71))
+    yield pytest.param(Setup(**lots, schedule=True, page_size=16), _replays(*rows)[1:3], id="more-lanes-than-a-block")
+
+
+@pytest.mark.parametrize(("setup", "replays"), list(_corners()))
+@pytest.mark.parametrize("name", NAMES)
+def test_corners(name: str, setup: Setup, replays: tuple[Replay, ...]) -> None:
+    verdict = verify(Case(setup=setup, replays=replays), name)
+    assert verdict.outcome is Outcome.AGREE, verdict
+
+
+def _draw(rng: random.Random) -> Case:
+    tokens = rng.randint(1, 4)
+    width = rng.choice([1, 2, 16, 17, 64, 127, 128, 129, 200])
+    tail = rng.choice([0, 0, 3])
+    layout = rng.choice(list(Layout))
+    dtype: Any = rng.choice(["int32", "int64"])
+    setup = Setup(
+        num_draft_tokens=tokens,
+        index_topk=rng.choice([1, 4, 16, 64, 2048]),
+        page_size=rng.choice([1, 16, 32, 64, 128]),
+        table_width=width,
+        table_row_stride=width + rng.choice([0, 1, 9]),
+        stride_skew=rng.choice([0, 5]),
+        pool_rows=rng.randint(1, 6),
+        pool_width=width + tokens + rng.choice([0, 4]),
+        num_steps=rng.choice([1, 1, 2]),
+        buckets=(2, 4),
+        fill_seq_len=rng.choice([0, 1]),
+        num_sms=rng.choice([1, 4, 33]),
+        seq_lens_dtype=dtype,
+        pool_index_dtype=rng.choice(["int32", "int64"]),
+        layout=layout,
+        aliased_seq_lens=dtype == "int32" and layout is Layout.CONTIGUOUS and not tail and rng.random() < 0.5,
+        input_tail=tail,
+        host_lengths=rng.random() < 0.5,
+        ctx_lens=rng.choice(list(CtxLens)),
+        schedule=rng.random() < 0.5,
+    )
+    return Case(setup=setup, replays=tuple(_draw_replay(rng, setup) for _ in range(rng.randint(1, 3))))
+
+
+def _draw_replay(rng: random.Random, setup: Setup) -> Replay:
+    mode = rng.choice(list(Mode))
+    most_accepted = rng.choice([0, setup.num_draft_tokens, setup.num_draft_tokens])
+    requests = []
+    for _ in range(rng.randint(0, 4)):
+        accept_len = rng.randint(0, most_accepted)
+        seq_len = rng.randint(shortest(setup, mode, accept_len), longest(setup, mode))
+        requests.append(Request(seq_len=seq_len, pool_row=rng.randrange(setup.pool_rows), accept_len=accept_len))
+    return Replay(
+        mode=mode,
+        requests=tuple(requests),
+        slots=rng.choice(list(SlotKind)),
+        pool_seed=rng.randrange(100),
+        padded_accept_len=rng.choice([1, setup.num_draft_tokens]),
+        padded_pool_row=rng.randrange(setup.pool_rows),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cases_drawn_at_random(name: str) -> None:
+    rng = random.Random(20)
+    for _ in range(15):
+        case = _draw(rng)
+        verdict = verify(case, name)
+        assert verdict.outcome is Outcome.AGREE, (case, verdict)
+
+
+class _NoSync(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses the operations that read device data on the host or have a shape that depends on it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+            raise RuntimeError(f"{func} needs a sync")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("name", NAMES)
+def test_only_what_declares_itself_capturable_does_without_a_sync(
+    make_backend: Callable[..., Any], name: str, mode: Mode
+) -> None:
+    setup = Setup(num_draft_tokens=2, page_size=16, table_width=32, pool_width=40, buckets=(2,), schedule=True)
+    backend = make_backend(setup, mode, [20, 3], [2, 1])
+    implementation = registered()[name]
+    if mode in implementation.capturable:
+        with _NoSync():  # type: ignore[no-untyped-call]
+            implementation.refresh(backend.inputs, backend.steps, setup)
+    else:
+        with _NoSync(), pytest.raises(RuntimeError, match="needs a sync"):  # type: ignore[no-untyped-call]
+            implementation.refresh(backend.inputs, backend.steps, setup)
+
+
+def test_no_implementation_imports_another() -> None:
+    folder = Path(nsa_verify.kernels.__file__).parent
+    files = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+    assert {path.stem for path in files} >= {module.rpartition(".")[2] for module in nsa_verify.kernels.BUILTIN_MODULES}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in named if "kernels" in name], f"{path.name} imports another implementation"

@@ -1,0 +1,73 @@
+"""The command in this process, and implementations written for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from nsa_verify.core import implementation as declaring
+from nsa_verify.core.registry import load_builtin
+from nsa_verify.engine import worker
+from nsa_verify.shell.cli import cli
+
+DECODE = '''
+import torch
+from nsa_verify import Mode, implementation
+
+@implementation({name!r}, modes=[Mode.DECODE], extent="full")
+def refresh(inputs, steps, setup):
+    lens = inputs.seq_lens[: inputs.batch_size].to(torch.int32)
+    for step in steps:
+        step.cache_seqlens.copy_(lens)
+        step.nsa_cache_seqlens.copy_(lens.clamp(max=setup.index_topk - {too_low}))
+        for sums, of in (step.cu_seqlens_k, lens), (step.nsa_cu_seqlens_k, step.nsa_cache_seqlens):
+            sums[0] = 0
+            sums[1:] = of.cumsum(0)
+        slots = inputs.req_to_token[inputs.req_pool_indices[: inputs.batch_size].long(), : setup.table_width]
+        step.page_table_1.copy_(slots)
+        if setup.page_size > 1:
+            step.real_page_table.copy_(slots[:, :: setup.page_size] // setup.page_size)
+'''
+"""An implementation of DECODE; its minimum with the top-k is ``too_low``."""
+
+
+def written(folder: Path, name: str = "short-top-k", too_low: int = 1, file: str = "mine.py") -> Path:
+    """A file that registers ``DECODE`` under ``name``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file
+    path.write_text(DECODE.format(name=name, too_low=too_low), encoding="utf-8")
+    return path
+
+
+@contextmanager
+def registry_of_its_own() -> Iterator[None]:
+    """What is registered inside is forgotten afterwards."""
+    load_builtin()
+    before = declaring.registered()
+    worker.prepare.cache_clear()
+    try:
+        yield
+    finally:
+        for name in [it for it in sys.modules if it.startswith("nsa_verify_impl_")]:
+            del sys.modules[name]
+        declaring._registered.clear()
+        declaring._registered.update(before)
+        worker.prepare.cache_clear()
+
+
+def invoke(*arguments: object) -> Result:
+    """Run ``nsa-verify`` in this process, with a registry of its own."""
+    with registry_of_its_own():
+        return CliRunner().invoke(cli, [str(it) for it in arguments])
+
+
+def refused(result: Result) -> str:
+    """The one sentence on standard error of a command that could not do its job."""
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+    assert result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.output
+    return result.stderr.removeprefix("Error: ").rstrip("\n")

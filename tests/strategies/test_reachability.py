@@ -1,0 +1,298 @@
+"""Is it found? Every boundary of the design and every trigger of the bug classes is drawn within 500 examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+from helpers import draw_many, find_any
+
+from nsa_verify.core.case import PAGE_SIZES, Case, CtxLens, Layout, Mode, Replay, Setup, SlotKind, longest
+from nsa_verify.core.oracle import Batch, batch
+from nsa_verify.strategies import cases
+
+EXAMPLES = 500
+MORE_SEEDS = (1, 2)
+
+
+class View(NamedTuple):
+    """One replay of a case, with what the predicates ask about it."""
+
+    setup: Setup
+    replay: Replay
+    batch: Batch
+    kv_lens: list[int]
+    """Of all B rows, padded ones last."""
+    lengths: list[int]
+    """Of the expanded rows."""
+
+    @property
+    def real(self) -> int:
+        return len(self.replay.requests)
+
+    @property
+    def real_kv_lens(self) -> list[int]:
+        return self.kv_lens[: self.real]
+
+    @property
+    def accepts(self) -> list[int]:
+        return [request.accept_len for request in self.replay.requests] if self.mode is Mode.DRAFT_EXTEND else []
+
+    @property
+    def mode(self) -> Mode:
+        return self.replay.mode
+
+    @property
+    def bucket(self) -> int:
+        return self.batch.bucket
+
+
+def views(case: Case) -> Iterator[View]:
+    setup = case.setup
+    for index, replay in enumerate(case.replays):
+        given = batch(case, index)
+        verify = replay.mode is Mode.TARGET_VERIFY
+        kv_lens = [length + setup.num_draft_tokens * verify for length in given.seq_lens]
+        lengths = kv_lens
+        if replay.mode is not Mode.DECODE:
+            pairs = zip(kv_lens, given.accept_lens, strict=True)
+            lengths = [max(0, kv_len - accept + row + 1) for kv_len, accept in pairs for row in range(accept)]
+        yield View(setup, replay, given, kv_lens, lengths)
+
+
+Predicate = Callable[[Case], bool]
+
+
+def some(predicate: Callable[[View], bool]) -> Predicate:
+    """Some replay of the case is like this."""
+    return lambda case: any(predicate(view) for view in views(case))
+
+
+def after(predicate: Callable[[View, View], bool]) -> Predicate:
+    """Some replay and the one right behind it are like this."""
+    return lambda case: any(predicate(*both) for both in pairwise(views(case)))
+
+
+def setup_is(predicate: Callable[[Setup], bool]) -> Predicate:
+    return lambda case: predicate(case.setup)
+
+
+def a_length(*values: Callable[[Setup], int]) -> Predicate:
+    """Some expanded row of a real batch has one of these lengths."""
+    return some(lambda view: view.real > 0 and any(value(view.setup) in view.lengths for value in values))
+
+
+def a_kv_len(unit: Callable[[Setup], int], past: int) -> Predicate:
+    """Some real KV length is a multiple (not 0) of ``unit``, and ``past`` more; pages of one token do not count."""
+
+    def holds(view: View) -> bool:
+        size = unit(view.setup)
+        return size > 1 and any(kv_len > past and (kv_len - past) % size == 0 for kv_len in view.real_kv_lens)
+
+    return some(holds)
+
+
+def beyond_wall(low: int, high: int) -> Predicate:
+    return some(lambda view: any(low <= kv_len - view.setup.table_width <= high for kv_len in view.real_kv_lens))
+
+
+def empty_in(mode: Mode) -> Predicate:
+    return some(lambda view: view.mode is mode and view.real == 0)
+
+
+def grown(before: View, view: View) -> bool:
+    pairs = list(zip(before.replay.requests, view.replay.requests, strict=False))
+    same = before.real == view.real > 1
+    return same and all(
+        old.pool_row == new.pool_row and new.seq_len - old.seq_len in range(1, before.setup.num_draft_tokens + 1)
+        for old, new in pairs
+    )
+
+
+def same_place(before: View, view: View) -> bool:
+    return before.mode is view.mode and before.bucket == view.bucket
+
+
+def almost_uniform(view: View) -> bool:
+    accepts = view.accepts
+    return len(accepts) > 2 and len(set(accepts)) == 2 and min(map(accepts.count, set(accepts))) == 1
+
+
+LENGTHS: dict[str, Predicate] = {
+    "length 1": some(lambda view: 1 in view.batch.seq_lens[: view.real]),
+    "length 0 of a padded row": some(lambda view: 0 in view.kv_lens[view.real :]),
+    "fill 1 of a padded row": some(lambda view: 1 in view.batch.seq_lens[view.real :]),
+    "N - 1": a_length(lambda setup: setup.num_draft_tokens - 1),
+    "N": a_length(lambda setup: setup.num_draft_tokens),
+    "N + 1": a_length(lambda setup: setup.num_draft_tokens + 1),
+    "K - 1": a_length(lambda setup: setup.index_topk - 1),
+    "K": a_length(lambda setup: setup.index_topk),
+    "K + 1": a_length(lambda setup: setup.index_topk + 1),
+    "K crossed within one request's rows": some(
+        lambda view: (
+            view.mode is not Mode.DECODE and {view.setup.index_topk, view.setup.index_topk + 1} <= {*view.lengths}
+        )
+    ),
+    "beyond a K of 2048": some(lambda view: view.setup.index_topk == 2048 < max(view.lengths, default=0)),
+    **{f"pages {past:+d}": a_kv_len(lambda setup: setup.page_size, past) for past in (-1, 0, 1)},
+    **{f"128 {past:+d}": a_kv_len(lambda _: 128, past) for past in (-1, 0, 1)},
+    **{f"256 {past:+d}": a_kv_len(lambda _: 256, past) for past in (-1, 0, 1)},
+    **{f"wall {past:+d}": beyond_wall(past, past) for past in (-1, 0, 1, 2)},
+    "wall by more than N": some(
+        lambda view: max(view.real_kv_lens, default=0) > view.setup.table_width + view.setup.num_draft_tokens
+    ),
+    "wall in verify only by the draft tokens": some(
+        lambda view: (
+            view.mode is Mode.TARGET_VERIFY
+            and any(0 < kv_len - view.setup.table_width < view.setup.num_draft_tokens for kv_len in view.real_kv_lens)
+        )
+    ),
+    "end of the pool row": some(
+        lambda view: longest(view.setup, view.mode) in view.batch.seq_lens[: view.real] and view.setup.pool_width > 32
+    ),
+    "a partly filled last page": some(
+        lambda view: any(0 < kv_len % view.setup.page_size < kv_len for kv_len in view.real_kv_lens)
+    ),
+}
+BATCHES: dict[str, Predicate] = {
+    "1: padding underflows": some(
+        lambda view: (
+            view.mode in (Mode.DRAFT_EXTEND, Mode.DRAFT_EXTEND_V2)
+            and view.real < view.bucket
+            and view.setup.fill_seq_len < view.batch.accept_lens[-1]
+        )
+    ),
+    "2: fill 0 and N >= 2": some(
+        lambda view: view.real < view.bucket and view.setup.fill_seq_len == 0 and view.setup.num_draft_tokens >= 2
+    ),
+    "5: padded, with longer rows": some(lambda view: 0 < view.real < view.bucket and max(view.kv_lens) > 8),
+    "14: more rows than a block": some(lambda view: len(view.lengths) > 128),
+    "14: more rows than a block, real ones among them": some(lambda view: view.real > 1 and len(view.lengths) > 128),
+    "14: more columns than a block": some(lambda view: max(view.real_kv_lens, default=0) > 128),
+    **{f"25: no request in {mode}": empty_in(mode) for mode in Mode},
+    "25: zero accepts": some(lambda view: 0 in view.accepts),
+    "25: zero accepts between others": some(lambda view: 0 in view.accepts[1:-1] and 0 not in view.accepts[::-1][:1]),
+    "25: all accepts zero, padding left": some(lambda view: view.real < view.bucket and {*view.accepts} == {0}),
+    "25: no expanded row at all": some(lambda view: not view.lengths),
+    "26: uniform accepts in a padded batch": some(
+        lambda view: 1 < view.real < view.bucket and len({*view.accepts}) == 1
+    ),
+    "uniform accepts of N": some(
+        lambda view: view.real > 1 and {*view.accepts} == {view.setup.num_draft_tokens} != {1}
+    ),
+    "almost uniform accepts": some(almost_uniform),
+    "ragged accepts": some(lambda view: len({*view.accepts}) >= 3),
+    "27: 32 rows of length 0": some(
+        lambda view: len(view.lengths) > 0 == len(view.lengths) % 32 and not any(view.lengths)
+    ),
+    "27: all rows of length 0": some(lambda view: len(view.lengths) > 1 and not any(view.lengths)),
+    **{f"{rows} rows": some(lambda view, rows=rows: len(view.lengths) == rows) for rows in (1, 31, 32, 33)},
+    "padded accepts of N": some(
+        lambda view: view.mode is Mode.DRAFT_EXTEND and view.real < view.bucket and view.batch.accept_lens[-1] > 1
+    ),
+    "a stale pool row for padding": some(lambda view: view.real < view.bucket and view.batch.pool_rows[-1] > 0),
+    "a pool row twice": some(lambda view: len({request.pool_row for request in view.replay.requests}) < view.real),
+    "distinct pool rows": some(lambda view: len({request.pool_row for request in view.replay.requests}) > 1),
+    "a full bucket of several": some(lambda view: view.real == view.bucket > 1),
+    "an accepted length that is all there is": some(
+        lambda view: any(it.seq_len == it.accept_len > 1 for it in view.replay.requests) and bool(view.accepts)
+    ),
+}
+SEQUENCES: dict[str, Predicate] = {
+    "3: a big, then a small batch in one bucket": after(lambda a, b: same_place(a, b) and a.real > b.real > 0),
+    "4: padding after a larger batch": after(lambda a, b: same_place(a, b) and a.real > b.real and b.real < b.bucket),
+    "11: verify, then decode": after(
+        lambda a, b: a.mode is Mode.TARGET_VERIFY and b.mode is Mode.DECODE and a.setup.num_draft_tokens > 1 < b.bucket
+    ),
+    "13: verify twice": after(lambda a, b: a.mode is b.mode is Mode.TARGET_VERIFY and b.real > 0),
+    "16: short, then long": after(lambda a, b: same_place(a, b) and max(a.kv_lens) * 2 < max(b.kv_lens)),
+    "16: long, then short": after(lambda a, b: same_place(a, b) and max(a.kv_lens) > 2 * max(b.kv_lens)),
+    "28: a larger, then a smaller bucket": after(lambda a, b: a.bucket > b.bucket and b.real > 0),
+    "a smaller, then a larger bucket": after(lambda a, b: 0 < a.bucket < b.bucket),
+    "big, small, big": lambda case: any(
+        a.real > b.real < c.real for a, b, c in zip(*[list(views(case))[skip:] for skip in range(3)], strict=False)
+    ),
+    "idle between": lambda case: any(
+        a.real > 0 == b.real < c.real for a, b, c in zip(*[list(views(case))[skip:] for skip in range(3)], strict=False)
+    ),
+    "fewer expanded rows in draft-extend": after(
+        lambda a, b: same_place(a, b) and b.mode is Mode.DRAFT_EXTEND and len(a.lengths) > len(b.lengths)
+    ),
+    "three replays": lambda case: len(case.replays) == 3,
+    "four replays": lambda case: len(case.replays) == 4,
+    "three modes": lambda case: len({replay.mode for replay in case.replays}) >= 3,
+    "req_to_token rewritten": after(lambda a, b: a.replay.pool_seed != b.replay.pool_seed),
+    "the same requests, grown": after(grown),
+    **{f"every mode: {mode}": some(lambda view, mode=mode: view.mode is mode and view.real > 1) for mode in Mode},
+}
+SETUPS: dict[str, Predicate] = {
+    "8: row strides that differ from step to step": setup_is(lambda it: it.num_steps > 1 and it.stride_skew > 0),
+    "8: differing odd row strides": setup_is(
+        lambda it: it.pool_row_stride % 2 == it.table_row_stride % 2 == 1 and it.pool_row_stride != it.table_row_stride
+    ),
+    "8: strides beyond the widths": setup_is(
+        lambda it: it.table_row_stride > it.table_width and it.pool_row_stride > it.pool_width
+    ),
+    "9: pages, and slots that are not aligned to them": some(
+        lambda view: view.setup.page_size > 1 and view.replay.slots is SlotKind.SCATTERED
+    ),
+    **{
+        f"pages of {size}, {kind} slots": some(
+            lambda view, size=size, kind=kind: view.setup.page_size == size and view.replay.slots is kind
+        )
+        for size in PAGE_SIZES
+        for kind in SlotKind
+    },
+    "10: N != S + 1 and B > 1": some(
+        lambda view: view.setup.num_draft_tokens != view.setup.num_steps + 1 and view.bucket > 1
+    ),
+    "12: several steps": setup_is(lambda it: it.num_steps > 1),
+    "four steps": setup_is(lambda it: it.num_steps >= 4),
+    "22: strided seq_lens": setup_is(lambda it: it.layout is Layout.STRIDED),
+    "22: offset seq_lens": setup_is(lambda it: it.layout is Layout.OFFSET),
+    "longer inputs than the bucket": setup_is(lambda it: it.input_tail > 0),
+    "int64 seq_lens": setup_is(lambda it: it.seq_lens_dtype == "int64"),
+    "int64 seq_lens, int32 pool indices": setup_is(
+        lambda it: it.seq_lens_dtype == "int64" and it.pool_index_dtype == "int32"
+    ),
+    "aliased seq_lens in decode": some(lambda view: view.setup.aliased_seq_lens and view.mode is Mode.DECODE),
+    "aliased seq_lens over several steps": setup_is(lambda it: it.aliased_seq_lens and it.num_steps > 1),
+    "no host lengths": setup_is(lambda it: not it.host_lengths),
+    "host lengths": setup_is(lambda it: it.host_lengths),
+    "schedule and ctx_lens": setup_is(lambda it: it.schedule and it.ctx_lens is not CtxLens.ABSENT),
+    "schedule without ctx_lens": setup_is(lambda it: it.schedule and it.ctx_lens is CtxLens.ABSENT),
+    "schedule over several steps": setup_is(lambda it: it.schedule and it.num_steps > 1),
+    "own ctx_lens in verify": some(lambda view: view.setup.ctx_lens is CtxLens.OWN and view.mode is Mode.TARGET_VERIFY),
+    "schedule of more than one segment a row": some(lambda view: view.setup.schedule and max(view.kv_lens) > 256),
+    "three buckets": setup_is(lambda it: len(it.buckets) == 3),
+    "eight draft tokens": setup_is(lambda it: it.num_draft_tokens == 8),
+    "one draft token": setup_is(lambda it: it.num_draft_tokens == 1),
+    "top-k of 2048": setup_is(lambda it: it.index_topk == 2048),
+    "a table narrower than the pool row": setup_is(lambda it: it.table_width < it.pool_width),
+    "a table that ends within a page": setup_is(lambda it: it.table_width % it.page_size > 0),
+}
+TRIGGERS: dict[str, Predicate] = {**LENGTHS, **BATCHES, **SEQUENCES, **SETUPS}
+
+
+@cache
+def drawn(seeded: int) -> list[Case]:
+    return draw_many(cases(), EXAMPLES, seeded)
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+def test_is_drawn_within_500_examples(name: str) -> None:
+    found = find_any(cases(), TRIGGERS[name], max_examples=EXAMPLES)
+    assert TRIGGERS[name](found)
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+def test_is_drawn_whatever_the_seed(name: str) -> None:
+    missed = [seeded for seeded in MORE_SEEDS if not any(map(TRIGGERS[name], drawn(seeded)))]
+    assert missed == []
+
+
+def test_a_predicate_that_no_case_satisfies_is_not_found() -> None:
+    assert not any(case.setup.num_steps > 4 for case in drawn(1))
