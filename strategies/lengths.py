@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from hypothesis import strategies as st
 
-from nsa_verify.core.case import Mode, Setup, longest, shortest
+from nsa_verify.core.case import INT32_MAX, Mode, Setup, longest, shortest
 from nsa_verify.strategies.choice import near
 from nsa_verify.strategies.swarm import Feature, Swarm
 
@@ -67,8 +67,15 @@ def length_range(setup: Setup, mode: Mode, accept_len: int, swarm: Swarm) -> tup
     low, high = shortest(setup, mode, accept_len), longest(setup, mode)
     if Feature.CONTEXT_WALL not in swarm:
         added = setup.num_draft_tokens if mode is Mode.TARGET_VERIFY else 0
-        high = max(low, min(high, setup.table_width - added))
-    return low, high
+        high = min(high, setup.table_width - added)
+    return low, max(low, min(high, _longest_summable(setup)))
+
+
+def _longest_summable(setup: Setup) -> int:
+    """The length up to which the prefix sums of the largest bucket fit int32."""
+    bucket, tokens = setup.buckets[-1], setup.num_draft_tokens
+    addends = bucket if bucket * tokens * setup.index_topk <= INT32_MAX else bucket * tokens
+    return INT32_MAX // addends - tokens
 
 
 def draw_length(draw: st.DrawFn, setup: Setup, mode: Mode, accept_len: int, swarm: Swarm) -> int:

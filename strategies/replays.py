@@ -13,7 +13,7 @@ from nsa_verify.core.case import MAX_REPLAYS, Mode, Replay, Request, Setup, Slot
 from nsa_verify.strategies.choice import pick
 from nsa_verify.strategies.lengths import length_range
 from nsa_verify.strategies.limits import Limits
-from nsa_verify.strategies.requests import draw_requests, empty_in_ten, may_be_empty
+from nsa_verify.strategies.requests import draw_requests, empty_in_ten, has_room, may_be_empty
 from nsa_verify.strategies.swarm import Feature, Swarm
 
 POOL_SEEDS = 8
@@ -43,8 +43,8 @@ def _replays(
 
 @lru_cache(maxsize=16)
 def _counts(most: int) -> tuple[int, ...]:
-    """1..most often, one more at times."""
-    usual = [count for count in range(1, most + 1) for _ in range(4)]
+    """1..most, the fewer the likelier, and one more at times."""
+    usual = [count for count in range(1, most + 1) for _ in range({1: 6, 2: 4}.get(count, 3))]
     return tuple(count for count in (*usual, most + 1) if count <= MAX_REPLAYS)
 
 
@@ -73,13 +73,13 @@ def draw_replays(
     bucket = None if Feature.BUCKET_SWITCHES in swarm else pick(draw, setup.buckets)
     counts = _counts(limits.replays) if Feature.SEVERAL_REPLAYS in swarm else (1,)
     if setup.buckets[-1] * setup.num_draft_tokens > limits.rows:
-        counts = counts[: max(1, len(counts) // 2)]
+        counts = counts[: max(1, len(counts) * 2 // 3)]
     draft = _drafts(setup, choices, swarm, limits, bucket)
     chained: list[Replay] = []
     # A count, and right behind it what it counts: Hypothesis can take the first ones out as well as the last.
     for _ in range(pick(draw, counts)):
         replay, turn = draw(draft)
-        continued = turn is _Turn.CONTINUED and chained
+        continued = turn is _Turn.CONTINUED and chained and has_room(setup, replay.mode)
         chained.append(_continue(setup, chained[-1], replay, swarm) if continued else replay)
     return tuple(chained)
 

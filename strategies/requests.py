@@ -61,7 +61,7 @@ def _requests(
 
 def draw_requests(draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm, bucket: int | None) -> tuple[Request, ...]:
     """Draw a batch that is not empty, unless no real request fits."""
-    if shortest(setup, mode, 1) > longest(setup, mode):
+    if not has_room(setup, mode):
         return ()
     least, most = _batch_sizes(draw, setup, swarm, bucket)
     accepts = _accepts(draw, setup, mode, swarm)
@@ -79,6 +79,11 @@ def draw_requests(draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm, bucke
     return tuple(batch)
 
 
+def has_room(setup: Setup, mode: Mode) -> bool:
+    """Whether the pool row holds a real request of ``mode`` at all; in a drawn setup it does."""
+    return shortest(setup, mode, 1) <= longest(setup, mode)
+
+
 def may_be_empty(setup: Setup, swarm: Swarm, bucket: int | None) -> bool:
     """Whether no request at all is allowed; the smallest bucket serves that."""
     allowed = Feature.PADDING in swarm and Feature.EMPTY_BATCHES in swarm
@@ -86,7 +91,7 @@ def may_be_empty(setup: Setup, swarm: Swarm, bucket: int | None) -> bool:
 
 
 def empty_in_ten(setup: Setup, limits: Limits) -> int:
-    """How many batches of ten are empty; most where there are many rows, since only padded rows have length 0."""
+    """How many batches of ten are empty; more where there are many rows, since only padded rows have length 0."""
     return 5 if setup.buckets[0] * setup.num_draft_tokens > limits.rows else 1
 
 

@@ -17,10 +17,11 @@ _BUCKET_COUNTS = (1, 1, 1, 2, 2, 3)
 _TOP_K = (8, 8, 8, 1, 2, 3, 4, 5, 7, 12, 16, 33, 64, 100, 128)
 _EXTRA_COLUMNS = (0, 1, 3, 5, 7, 32)
 _DRAFT_TOKENS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, *range(5, MAX_DRAFT_TOKENS + 1))
-_MANY_ROWS = (31, 31, 32, 33, 32, 32, 128, 129, 129)
-"""Expanded rows that fill warps or blocks: exactly, less one, or by one more."""
-_ONE_TOKEN = 4
-"""The first of them have one draft token, so that no number of draft tokens rounds them up."""
+_MANY_ROWS = (0, 32, 32, 128, 129, 129, 129, 31, 31, 32, 33)
+"""Expanded rows that fill warps or blocks: exactly, less one, or by one more. The first stands for a batch of two, to
+which a case shrinks that needs padded rows but not many."""
+_ONE_TOKEN = 7
+"""From here on with one draft token, so that no number of draft tokens rounds them up."""
 
 
 class _Inputs(NamedTuple):
@@ -52,7 +53,7 @@ def draw_setup(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
     """Draw a setup; a function, since a strategy made anew for every draw costs more than the draw."""
     tokens = pick(draw, _DRAFT_TOKENS)
     page_size = pick(draw, PAGE_SIZES)
-    top_k = pick(draw, _TOP_K + (LARGE_TOP_K,) * 3 if Feature.LARGE_TOP_K in swarm else _TOP_K)
+    top_k = pick(draw, _TOP_K + (LARGE_TOP_K,) * 4 if Feature.LARGE_TOP_K in swarm else _TOP_K)
     buckets, tokens, many = _buckets(draw, tokens, swarm, limits)
     fill = 1
     if Feature.FILL_ZERO in swarm:
@@ -98,11 +99,17 @@ def _buckets(draw: st.DrawFn, tokens: int, swarm: Swarm, limits: Limits) -> tupl
     count = pick(draw, _BUCKET_COUNTS) if Feature.BUCKET_SWITCHES in swarm else 1
     drawn = {min(pick(draw, sizes), most) for _ in range(count)}
     if Feature.MANY_ROWS in swarm:
-        index = below(draw, 18 * len(_MANY_ROWS)) - 17 * len(_MANY_ROWS)
+        index = below(draw, 10 * len(_MANY_ROWS)) - 9 * len(_MANY_ROWS)
         if index >= 0:
-            rows, tokens = _MANY_ROWS[index], 1 if index < _ONE_TOKEN else tokens
-            return (-(-min(rows, limits.many_rows // tokens * tokens) // tokens),), tokens, True
+            return _many_rows(index, tokens, limits)
     return tuple(sorted(drawn)), tokens, False
+
+
+def _many_rows(index: int, tokens: int, limits: Limits) -> tuple[tuple[int, ...], int, bool]:
+    if index == 0:
+        return (2,), tokens, False
+    tokens = tokens if index < _ONE_TOKEN else 1
+    return (-(-min(_MANY_ROWS[index], limits.many_rows // tokens * tokens) // tokens),), tokens, True
 
 
 @lru_cache(maxsize=64)
@@ -114,14 +121,14 @@ def _sizes(most: int) -> tuple[int, ...]:
 @lru_cache(maxsize=16)
 def _step_counts(most: int) -> tuple[int, ...]:
     """1..most, mostly 1 and 2: every implementation does its work once a step."""
-    return tuple(count for count in range(1, most + 1) for _ in range({1: 8, 2: 5, 3: 3}.get(count, 1)))
+    return tuple(count for count in range(1, most + 1) for _ in range({1: 9, 2: 5, 3: 2}.get(count, 1)))
 
 
 def _pool_width(draw: st.DrawFn, tokens: int, page_size: int, top_k: int, rows: int, limits: Limits) -> int:
     low, high = tokens + 1, limits.width
     if rows > limits.rows:
         high = limits.many_rows_width
-    elif top_k == LARGE_TOP_K and 3 * rows <= limits.rows:
+    elif top_k == LARGE_TOP_K and 2 * rows <= limits.rows:
         high = limits.top_k_width
     return near(draw, low, high, _widths(tokens, page_size, top_k, high), plain_in_ten=2)
 

@@ -101,8 +101,6 @@ def _run(plan: Plan, root: Path, reporter: GuardedReporter) -> ExitCode:
         code, problem = _listen(plan, root, reporter)
     except (CorpusError, EngineError, ImplementationError, Unable) as error:
         problem = str(error)
-    except KeyboardInterrupt:
-        code, problem = ExitCode.INTERRUPTED, "interrupted; what was not saved yet is lost"
     finally:
         reporter.close(code, problem)
     if problem:
@@ -114,14 +112,18 @@ def _listen(plan: Plan, root: Path, reporter: GuardedReporter) -> tuple[ExitCode
     finished: RunFinished | None = None
     started: RunStarted | None = None
     unsaved: list[str] = []
-    for event in _events(plan, root):
-        reporter.handle(event)
-        if isinstance(event, RunStarted):
-            started = event
-        elif isinstance(event, RunFinished):
-            finished = event
-        elif isinstance(event, Disagreement) and event.problem:
-            unsaved.append(event.problem)
+    try:
+        for event in _events(plan, root):
+            reporter.handle(event)
+            if isinstance(event, RunStarted):
+                started = event
+            elif isinstance(event, RunFinished):
+                finished = event
+            elif isinstance(event, Disagreement) and event.problem:
+                unsaved.append(event.problem)
+    except KeyboardInterrupt:
+        lost = "before the first case was judged" if started is None else "twice: what was not saved yet is lost"
+        return ExitCode.INTERRUPTED, f"interrupted {lost}"
     assert finished is not None
     assert started is not None
     return exit_code(finished, started, plan, unsaved)

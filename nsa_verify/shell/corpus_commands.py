@@ -82,9 +82,13 @@ def _resolve(name: str, root: Path) -> Path:
     if Path(name).is_file():
         return Path(name)
     matches = [path for path in _scan(root) if path.stem == name or path.stem.rpartition("-")[2].startswith(name)]
-    if len(matches) != 1:
-        what = "no saved case" if not matches else f"{len(matches)} saved cases"
-        raise Unable(f"{name}: {what} of {root} has this path, stem or start of hash; see nsa-verify corpus list")
+    if not matches:
+        raise Unable(
+            f"{name}: no saved case of {root} has this path, stem or start of hash; see nsa-verify corpus list"
+        )
+    if len(matches) > 1:
+        stems = ", ".join(path.stem for path in matches)
+        raise Unable(f"{name}: {len(matches)} saved cases of {root} are called so ({stems}); give more of the name")
     return matches[0]
 
 

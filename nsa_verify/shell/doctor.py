@@ -16,6 +16,7 @@ from nsa_verify.core.registry import ImplementationError, load
 from nsa_verify.engine.corpus import CorpusError, check_writable, scan
 from nsa_verify.shell import options as opt
 from nsa_verify.shell.options import ExitCode
+from nsa_verify.shell.render import counted
 from nsa_verify.shell.reporter import console, say
 
 PACKAGES = ("torch", "triton", "hypothesis", "pytest", "pytest-xdist", "numpy", "msgspec")
@@ -76,4 +77,4 @@ def _corpus(root: Path) -> Iterator[str]:
         count = len(list(scan(root))) if root.is_dir() else 0
     except CorpusError as error:
         raise RuntimeError(str(error)) from error
-    yield f"{root}: writable, {count} cases"
+    yield f"{root}: writable, {counted(count, 'case')}"

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from nsa_verify.engine.corpus import Entry
 
 
+PREFIX = "nsa-"
+"""What sets our options apart from those of pytest and of other plugins."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options ``--nsa-*``; none of them does anything without a corpus."""
     group = parser.getgroup("nsa-verify", "verification of sparse-attention metadata kernels")
@@ -91,7 +95,7 @@ def _implementations(config: pytest.Config) -> tuple[str, tuple[Implementation, 
         return prepare(device, tuple(config.getoption("--nsa-impl")), tuple(config.getoption("--nsa-only")))
     except (ImplementationError, DeviceError) as error:
         # A sentence of this exception is shown without a traceback.
-        raise pytest.Collector.CollectError(re.sub("^--", "--nsa-", str(error))) from error
+        raise pytest.Collector.CollectError(re.sub("^--", "--" + PREFIX, str(error))) from error
 
 
 class CaseFailed(Exception):

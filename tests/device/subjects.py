@@ -1,7 +1,7 @@
 """Implementations to judge: one that is right in every mode, and the same with one thing wrong.
 
-``subject()`` is right. ``subject(bug)`` runs the right refresh and then ``bug``, a function of the same arguments, which
-spoils one thing; bugs that several tests plant have their names here.
+``subject()`` is right. ``subject(bug)`` runs the right refresh and then ``bug``, a function of the same arguments that
+spoils one thing; ``subject(before=bug)`` runs it ahead; ``bare`` takes a refresh that is wrong as a whole.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from nsa_verify import (
     Extent,
     Finding,
     Implementation,
-    Layout,
     Mode,
     Outcome,
     Replay,
@@ -71,7 +71,8 @@ def test_the_subject_is_right(case: Case) -> None:
     assert verify(case, subject()).outcome is Outcome.AGREE
 
 
-class Spoilt(NamedTuple):
+@dataclass(frozen=True)
+class Spoilt:
     """A bug, the case that shows it, and what the one finding says of the first wrong cell."""
 
     case: Case
@@ -112,7 +113,7 @@ BROKEN_INVARIANTS = [
 IN_THE_FRAME = [
     Spoilt(
         RAGGED,
-        lambda inputs, steps, setup: steps[1].page_table_1[5].zero_(),
+        lambda _, steps, __: steps[1].page_table_1[5].zero_(),
         *(Code.FRAME_WRITTEN, "page_table_1", (5, 0), 0, 0, "frame", 1, 40),
     ),
     Spoilt(

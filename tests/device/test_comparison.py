@@ -19,6 +19,7 @@ from nsa_verify.device.images import FRAME, LIVE, SLACK, ImageKey, paint
 from nsa_verify.device.judge import Judge, verify
 from nsa_verify.device.layout import arena_layout
 from nsa_verify.device.rig import rig_for
+from nsa_verify.device.select import resolve
 
 SETUP = Setup(
     num_draft_tokens=3,
@@ -210,7 +211,7 @@ def test_the_host_mirror_is_compared_on_the_host() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "equal", equal)
         assert verify(case, free).outcome is Outcome.AGREE
-    assert set(compared) == {rig_for(case.setup, "cpu").host_seq_lens.data_ptr()}
+    assert set(compared) == {rig_for(case.setup, resolve("auto")).host_seq_lens.data_ptr()}
 
 
 def fields(implementation: Implementation) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def test_memory_before_an_input_at_an_offset() -> None:
 
 def test_accept_lens_are_an_input_in_every_mode() -> None:
     case = Case(SETUP, (Replay(Mode.DECODE, (Request(13),)),))
-    finding = finding_of(case, lambda inputs, steps, setup: inputs.accept_lens.fill_(1))
+    finding = finding_of(case, lambda inputs, _, __: inputs.accept_lens.fill_(1))
     assert (finding.buffer, finding.element, finding.got) == ("accept_lens", (0,), 1)
 
 
@@ -134,7 +134,7 @@ def test_req_to_token_changed_in_a_later_replay() -> None:
 
 
 def test_req_to_token_changed_once_and_never_again() -> None:
-    changed = []
+    changed: list[bool] = []
 
     def bug(inputs: ReplayInputs, _: Steps, __: Setup) -> None:
         if not changed:

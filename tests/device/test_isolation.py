@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import Any, NoReturn
 
 import pytest
@@ -14,6 +15,7 @@ from nsa_verify import Case, Code, Implementation, Mode, Outcome, Replay, Replay
 from nsa_verify.core.oracle import Expectation, Row, expect
 from nsa_verify.device import judge
 from nsa_verify.device.rig import Rig, rig_for
+from nsa_verify.device.select import resolve
 from nsa_verify.strategies import replays
 
 SETUP = Setup(
@@ -68,31 +70,39 @@ SUBJECTS: dict[str, Implementation] = {
 }
 
 
+@cache
+def _jobs_judged_alone() -> list[tuple[Case, str, Verdict]]:
+    """Cases, the names of subjects, and their verdicts in memory that nothing has used before."""
+    judged = []
+    for drawn in draw_many(replays(SETUP), 12, seeded=7):
+        case = Case(SETUP, drawn)
+        for name, implementation in SUBJECTS.items():
+            rig_for.cache_clear()
+            judged.append((case, name, verify(case, implementation)))
+    return judged
+
+
 @pytest.mark.parametrize("order", range(4))
 def test_a_verdict_does_not_depend_on_those_before_it(order: int) -> None:
-    cases = [Case(SETUP, drawn) for drawn in draw_many(replays(SETUP), 12, seeded=7)]
-    rng = random.Random(order)
-    jobs = [(case, name) for case in cases for name in SUBJECTS]
-    alone: dict[int, Verdict] = {}
-    for index, (case, name) in enumerate(jobs):
-        rig_for.cache_clear()
-        alone[index] = verify(case, SUBJECTS[name])
+    shuffled = _jobs_judged_alone().copy()
+    random.Random(order).shuffle(shuffled)
     rig_for.cache_clear()
-    rng.shuffle(shuffled := list(range(len(jobs))))
-    for index in shuffled:
-        case, name = jobs[index]
-        assert verify(case, SUBJECTS[name]) == alone[index], name
-    assert {alone[index].outcome for index, (_, name) in enumerate(jobs) if name == "right"} == {Outcome.AGREE}
-    others = {name: alone[index].outcome for index, (_, name) in enumerate(jobs) if name != "right"}
-    assert set(others.values()) == {Outcome.DISAGREE}
+    for case, name, alone in shuffled:
+        assert verify(case, SUBJECTS[name]) == alone, name
+
+
+def test_the_subjects_do_what_they_are_called() -> None:
+    outcomes = {(name == "right", alone.outcome) for _, name, alone in _jobs_judged_alone()}
+    assert outcomes == {(True, Outcome.AGREE), (False, Outcome.DISAGREE)}
 
 
 def test_the_rig_is_used_again() -> None:
-    assert rig_for(SETUP, "cpu") is rig_for(SETUP, "cpu")
-    addresses = [rig_for(SETUP, "cpu").inputs(Mode.DECODE, 2).seq_lens.data_ptr()]
+    device = resolve("auto")
+    rig = rig_for(SETUP, device)
+    address = rig.inputs(Mode.DECODE, 2).seq_lens.data_ptr()
     verify(PLAIN, subject(_shapes))
-    addresses.append(rig_for(SETUP, "cpu").inputs(Mode.DECODE, 2).seq_lens.data_ptr())
-    assert addresses[0] == addresses[1]
+    assert rig_for(SETUP, device) is rig
+    assert rig.inputs(Mode.DECODE, 2).seq_lens.data_ptr() == address
 
 
 def fail(*_: Any, **__: Any) -> NoReturn:

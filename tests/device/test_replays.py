@@ -10,6 +10,7 @@ from helpers import draw_many
 
 from nsa_verify import Case, Code, Extent, Mode, Outcome, Replay, ReplayInputs, Request, Setup, verify
 from nsa_verify.core.registry import ImplementationError
+from nsa_verify.device.layout import arena_layout, poison
 from nsa_verify.strategies import cases
 
 SETUP = Setup(
@@ -53,6 +54,22 @@ def test_rows_past_the_ragged_total_keep_what_the_larger_batch_left() -> None:
     assert finding is not None
     assert (finding.code, finding.replay, finding.element) == (Code.FRAME_WRITTEN, 1, (1, 0))
     assert (finding.expected, finding.got) == (1000 + 34, 0)
+
+
+def test_the_frame_keeps_what_is_there_and_not_what_was_there_first() -> None:
+    """Poison put back over what the larger batch left is a write like any other."""
+    case = Case(SETUP, (Replay(Mode.DRAFT_EXTEND, LONG), Replay(Mode.DRAFT_EXTEND, LONG[2:])))
+    place = arena_layout(SETUP).places[0, Mode.DRAFT_EXTEND, 2, "page_table_1"]
+    at = place.offset + place.stride
+
+    def put_back(inputs: ReplayInputs, steps: Steps, _: Setup) -> None:
+        if inputs.batch_size == 2:
+            steps[0].page_table_1[1, 0] = poison(at)
+
+    finding = verify(case, subject(put_back)).primary
+    assert finding is not None
+    assert (finding.code, finding.replay, finding.element) == (Code.FRAME_WRITTEN, 1, (1, 0))
+    assert (finding.expected, finding.got, finding.count) == (1034, poison(at), 1)
 
 
 def test_a_disagreement_names_the_first_replay_that_shows_it() -> None:

@@ -83,11 +83,13 @@ def assert_small(found: Disagreement) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_found_shrunk_saved_and_replayed(bug: Bug, seed: int, tmp_path: Path) -> None:
+def test_found_shrunk_saved_replayed_and_fixed(
+    bug: Bug, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = bug.plant(tmp_path / "planted")
     run = hunt(seed, tmp_path / "corpus", (bug, path))
-    for found in run.found:
-        assert_small(found)
+    for other in run.found:
+        assert_small(other)
     found = run.of(bug)
     assert found is not None
     assert bug.smallest(found.case), found.case
@@ -103,24 +105,19 @@ def test_found_shrunk_saved_and_replayed(bug: Bug, seed: int, tmp_path: Path) ->
     (verdict,) = replayed.verdicts
     assert verdict.primary == found.finding
 
+    monkeypatch.delitem(registry._registered, bug.copy_name)
+    mended = bug.plant(tmp_path / "mended", planted=False)
+    for it in run.found:
+        assert it.path is not None
+        replayed = replay(it.path, mended, bug)
+        assert (replayed.status, replayed.problem) == (Status.FIXED, "")
+        assert [verdict.outcome for verdict in replayed.verdicts] == [Outcome.AGREE]
+
 
 def replay(saved: Path, reference: Path, bug: Bug) -> Replayed:
     plan = Plan(references=(str(reference),), only=(bug.copy_name,))
     (replayed,) = (event for event in replay_saved(plan, [saved]) if isinstance(event, Replayed))
     return replayed
-
-
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_fixed_once_the_bug_is_out(bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = hunt(0, tmp_path / "corpus", (bug, bug.plant(tmp_path / "planted")))
-    monkeypatch.delitem(registry._registered, bug.copy_name)
-    prepare.cache_clear()
-    mended = bug.plant(tmp_path / "mended", planted=False)
-    for found in run.found:
-        assert found.path is not None
-        replayed = replay(found.path, mended, bug)
-        assert (replayed.status, replayed.problem) == (Status.FIXED, "")
-        assert [verdict.outcome for verdict in replayed.verdicts] == [Outcome.AGREE]
 
 
 def test_a_correct_implementation_is_fixed_too(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from click.testing import CliRunner, Result
 
+from nsa_verify import Case, Code, Mode, Replay, Request, Setup
 from nsa_verify.core import implementation as declaring
 from nsa_verify.core.registry import load_builtin
 from nsa_verify.engine import worker
+from nsa_verify.engine.corpus import Entry, Kind, Provenance, SavedFinding, save
 from nsa_verify.shell.cli import cli
 
-DECODE = '''
+DECODE = """
 import torch
 from nsa_verify import Mode, implementation
 
@@ -31,7 +33,7 @@ def refresh(inputs, steps, setup):
         step.page_table_1.copy_(slots)
         if setup.page_size > 1:
             step.real_page_table.copy_(slots[:, :: setup.page_size] // setup.page_size)
-'''
+"""
 """An implementation of DECODE; its minimum with the top-k is ``too_low``."""
 
 
@@ -41,6 +43,25 @@ def written(folder: Path, name: str = "short-top-k", too_low: int = 1, file: str
     path = folder / file
     path.write_text(DECODE.format(name=name, too_low=too_low), encoding="utf-8")
     return path
+
+
+def saved(folder: Path, seq_len: int = 8, implementation: str = "short-top-k", mode: Mode = Mode.DECODE) -> Path:
+    """A case of the corpus of ``folder``, as ``run`` saves it; in DECODE and from 8 tokens on ``short-top-k`` fails."""
+    setup = Setup(table_width=max(8, seq_len), pool_width=max(8, seq_len) + (mode is Mode.TARGET_VERIFY))
+    entry = Entry(
+        title="written for a test",
+        case=Case(setup=setup, replays=(Replay(mode=mode, requests=(Request(seq_len=seq_len),)),)),
+        finding=SavedFinding(
+            implementation=implementation,
+            executor="eager",
+            code=Code.WRONG_VALUE,
+            replay=0,
+            mode=mode,
+            message="8 is expected",
+        ),
+        provenance=Provenance(seed=7, impl=("mine.py",)),
+    )
+    return save(folder / "corpus", Kind.CRASHING, entry, f"nv101-{implementation}")
 
 
 @contextmanager
@@ -62,7 +83,7 @@ def registry_of_its_own() -> Iterator[None]:
 def invoke(*arguments: object) -> Result:
     """Run ``nsa-verify`` in this process, with a registry of its own."""
     with registry_of_its_own():
-        return CliRunner().invoke(cli, [str(it) for it in arguments])
+        return CliRunner().invoke(cli, [str(it) for it in arguments], prog_name="nsa-verify")
 
 
 def refused(result: Result) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shell.commands import invoke, refused, written
+from shell.commands import invoke, refused, saved, written
 
 from nsa_verify.engine import keeping
 from nsa_verify.engine.corpus import CorpusError, Entry, Kind
@@ -101,16 +101,17 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "empty": (lambda _: "", "the file is empty; restore or remove it"),
     "surplus": (_spoilt(surplus=1), "object contains unknown field `surplus`"),
     "version": (_spoilt(version=9), "field version is 9; this program reads 1; use the nsa-verify that wrote the file"),
-    "longer": (_spoilt(seq_len=999), "seq_len = 999: longer than its pool row holds (pool_width = 8, at most 8 in decode"),
+    "longer": (
+        _spoilt(seq_len=999),
+        "seq_len = 999: longer than its pool row holds (pool_width = 8, at most 8 in decode",
+    ),
     "float": (_spoilt(seq_len=8.5), "field case.replays[0].requests[0].seq_len: expected `int`, got `float`"),
 }
 
 
 @pytest.mark.parametrize("command", [("replay", "--only", "vectorized"), ("corpus", "list")])
 def test_damaged_files_are_named_and_the_others_still_count(folder: Path, command: tuple[str, ...]) -> None:
-    written(folder)
-    assert invoke("run", "-w", 1, "-n", 20, "--seed", 7, "--impl", "mine.py", "--only", "short-top-k").exit_code == 1
-    (good,) = folder.glob("corpus/crashing/decode/*.json")
+    good = saved(folder)
     content = good.read_text()
     for name, (damage, _) in DAMAGES.items():
         (good.parent / f"{name}.json").write_text(damage(json.loads(content)))
@@ -199,6 +200,4 @@ def test_a_fault_of_the_program_itself_is_no_disagreement(folder: Path, monkeypa
     done = invoke("run", "--impl", "mine.py", "--only", "short-top-k", "-n", 20, "--seed", 7, "-w", 1)
     assert done.exit_code == 2
     assert "ZeroDivisionError: planted\n" in done.stderr
-    assert done.stderr.endswith(
-        "Error: nsa-verify itself failed (ZeroDivisionError); please report the lines above\n"
-    )
+    assert done.stderr.endswith("Error: nsa-verify itself failed (ZeroDivisionError); please report the lines above\n")

@@ -53,7 +53,7 @@ def test_the_minimal_case_is_printed(found: tuple[Path, Result]) -> None:
     (saved,) = folder.glob("corpus/crashing/decode/*.json")
     at = done.stdout.index("short-top-k [eager] NV101 wrong value")
     assert done.stdout[at:].startswith(
-        f"""\
+        """\
 short-top-k [eager] NV101 wrong value in the live region
   setup   N=1 K=8 p=1 W=8 pool=1x8 buckets=1 steps=1 fill=1
   replay 1 of 1: decode, bucket 1  <- disagrees
@@ -128,7 +128,7 @@ def test_nothing_but_text_goes_into_a_pipe(found: tuple[Path, Result]) -> None:
 
 
 def _digest(text: str) -> str:
-    return re.findall("digest ([0-9a-f]{16})", text)[0]
+    return str(re.findall("digest ([0-9a-f]{16})", text)[0])
 
 
 def test_json_states_the_same_facts(found: tuple[Path, Result], folder: Path) -> None:

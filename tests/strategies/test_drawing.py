@@ -54,7 +54,7 @@ def test_cases_are_cheap_on_average() -> None:
     )
     widths = sorted(case.setup.table_width for case in drawn)
     assert rows[len(rows) * 3 // 4] <= 12
-    assert rows[len(rows) * 19 // 20] <= 33
+    assert rows[len(rows) * 9 // 10] <= 33
     assert widths[len(widths) * 3 // 4] <= 160
     assert sum(len(case.replays) for case in drawn) <= 2.5 * len(drawn)
 
@@ -94,12 +94,24 @@ PRODUCTION = Setup(
     pool_width=MAX_TABLE_WIDTH + 8,
     buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
 )
+LARGEST_SUMS = Setup(
+    num_draft_tokens=8,
+    index_topk=2**31 - 1,
+    page_size=64,
+    table_width=MAX_TABLE_WIDTH,
+    pool_width=MAX_TABLE_WIDTH + 16,
+    buckets=(4096, 8192),
+)
+"""As long a batch of as long requests as the table allows would not fit int32."""
 NO_ROOM = Setup(num_draft_tokens=4, fill_seq_len=0, table_width=4, pool_width=4, buckets=(2,))
 
 
-@pytest.mark.parametrize("setup", [PRODUCTION, NO_ROOM, Setup()], ids=["production", "no room", "default"])
+GIVEN = {"production": PRODUCTION, "largest sums": LARGEST_SUMS, "no room": NO_ROOM, "default": Setup()}
+
+
+@pytest.mark.parametrize("setup", GIVEN.values(), ids=GIVEN)
 def test_replays_of_a_given_setup_are_legal(setup: Setup) -> None:
-    for chain in draw_many(replays(setup), 40):
+    for chain in draw_many(replays(setup), 30):
         assert Case(setup, chain).setup is setup
 
 

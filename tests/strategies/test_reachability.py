@@ -103,6 +103,18 @@ def empty_in(mode: Mode) -> Predicate:
     return some(lambda view: view.mode is mode and view.real == 0)
 
 
+def several_in(mode: Mode) -> Predicate:
+    return some(lambda view: view.mode is mode and view.real > 1)
+
+
+def rows_are(rows: int) -> Predicate:
+    return some(lambda view: len(view.lengths) == rows)
+
+
+def pages_with(size: int, kind: SlotKind) -> Predicate:
+    return some(lambda view: view.setup.page_size == size and view.replay.slots is kind)
+
+
 def grown(before: View, view: View) -> bool:
     pairs = list(zip(before.replay.requests, view.replay.requests, strict=False))
     same = before.real == view.real > 1
@@ -189,7 +201,7 @@ BATCHES: dict[str, Predicate] = {
         lambda view: len(view.lengths) > 0 == len(view.lengths) % 32 and not any(view.lengths)
     ),
     "27: all rows of length 0": some(lambda view: len(view.lengths) > 1 and not any(view.lengths)),
-    **{f"{rows} rows": some(lambda view, rows=rows: len(view.lengths) == rows) for rows in (1, 31, 32, 33)},
+    **{f"{rows} rows": rows_are(rows) for rows in (1, 31, 32, 33)},
     "padded accepts of N": some(
         lambda view: view.mode is Mode.DRAFT_EXTEND and view.real < view.bucket and view.batch.accept_lens[-1] > 1
     ),
@@ -226,7 +238,7 @@ SEQUENCES: dict[str, Predicate] = {
     "three modes": lambda case: len({replay.mode for replay in case.replays}) >= 3,
     "req_to_token rewritten": after(lambda a, b: a.replay.pool_seed != b.replay.pool_seed),
     "the same requests, grown": after(grown),
-    **{f"every mode: {mode}": some(lambda view, mode=mode: view.mode is mode and view.real > 1) for mode in Mode},
+    **{f"every mode: {mode}": several_in(mode) for mode in Mode},
 }
 SETUPS: dict[str, Predicate] = {
     "8: row strides that differ from step to step": setup_is(lambda it: it.num_steps > 1 and it.stride_skew > 0),
@@ -239,13 +251,7 @@ SETUPS: dict[str, Predicate] = {
     "9: pages, and slots that are not aligned to them": some(
         lambda view: view.setup.page_size > 1 and view.replay.slots is SlotKind.SCATTERED
     ),
-    **{
-        f"pages of {size}, {kind} slots": some(
-            lambda view, size=size, kind=kind: view.setup.page_size == size and view.replay.slots is kind
-        )
-        for size in PAGE_SIZES
-        for kind in SlotKind
-    },
+    **{f"pages of {size}, {kind} slots": pages_with(size, kind) for size in PAGE_SIZES for kind in SlotKind},
     "10: N != S + 1 and B > 1": some(
         lambda view: view.setup.num_draft_tokens != view.setup.num_steps + 1 and view.bucket > 1
     ),

@@ -1,0 +1,125 @@
+"""Who does the work, in this process or in others, and what becomes of it when it is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nsa_verify.engine import crew as module
+from nsa_verify.engine import worker
+from nsa_verify.engine.crew import Crew, EngineError
+
+
+@pytest.fixture(name="usual_ctrl_c")
+def _usual_ctrl_c() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_one_worker_is_this_process() -> None:
+    with Crew(1) as crew:
+        future = crew.submit(os.getpid)
+        assert crew.wait([future]) == {future}
+        assert crew.result(future) == os.getpid()
+        failed = crew.submit(int, "no number")
+        with pytest.raises(ValueError, match="no number"):
+            crew.result(failed)
+
+
+def test_several_workers_are_others_and_hear_no_ctrl_c() -> None:
+    with Crew(2) as crew:
+        assert crew.submit(os.getpid).result() != os.getpid()
+        assert crew.submit(signal.getsignal, signal.SIGINT).result() is signal.SIG_IGN
+        assert signal.SIGINT in crew.submit(signal.pthread_sigmask, signal.SIG_BLOCK, []).result()
+        with pytest.raises(ValueError, match="no number"):
+            crew.submit(int, "no number").result()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_worker_that_dies_is_one_sentence() -> None:
+    with pytest.raises(EngineError, match="died while it ran a case; run again with --workers 1"), Crew(2) as crew:
+        crew.submit(os._exit, 3).result()
+
+
+def test_a_worker_that_outstays_ctrl_c_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GRACE_S", 0.3)
+    with Crew(2) as crew:
+        assert crew.submit(abs, -1).result() == 1
+        future = crew.submit(time.sleep, 600)
+        began = time.monotonic()
+        crew.stop()
+        assert crew.wait([future]) == {future}
+        assert crew.result(future) is None
+    assert time.monotonic() - began < 10
+
+
+def test_ctrl_c_between_two_pieces_of_work_is_kept_for_later(usual_ctrl_c: None) -> None:
+    with Crew(1) as crew:
+        crew._up = True
+        signal.raise_signal(signal.SIGINT)
+        assert crew.interrupted
+        with pytest.raises(KeyboardInterrupt):
+            worker.stop_if_asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with Crew(1) as crew:
+        assert not crew.interrupted
+        worker.stop_if_asked()
+
+
+def test_ctrl_c_before_the_workers_are_up_is_not_kept(usual_ctrl_c: None) -> None:
+    with pytest.raises(KeyboardInterrupt), Crew(1):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_who_handles_ctrl_c_himself_keeps_his_handler(usual_ctrl_c: None) -> None:
+    heard: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    with Crew(1) as crew:
+        signal.raise_signal(signal.SIGINT)
+        assert not crew.interrupted
+    assert heard == [signal.SIGINT]
+
+
+ENGINE = """
+import time
+from nsa_verify.engine.crew import Crew
+
+if __name__ == "__main__":
+    with Crew(2) as crew:
+        print(*sorted({crew.submit(__import__("os").getpid).result() for _ in range(20)}), flush=True)
+        crew.submit(time.sleep, 600).result()
+"""
+
+
+def test_workers_do_not_outlive_an_engine_that_is_killed(tmp_path: Path) -> None:
+    program = tmp_path / "engine.py"
+    program.write_text(ENGINE)
+    with subprocess.Popen(
+        [sys.executable, "-P", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        pids = [int(word) for word in process.stdout.readline().split()]
+        assert pids
+        process.kill()
+    deadline = time.monotonic() + 10
+    while (alive := [pid for pid in pids if _is_alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether it runs; the dead that nobody has buried yet do not count."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,179 @@
+"""The search as a generator of events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from shell.commands import registry_of_its_own, written
+
+from nsa_verify import Case, Implementation, Mode, Outcome, Replay, Request, Setup
+from nsa_verify.core.registry import ImplementationError
+from nsa_verify.engine import search as module
+from nsa_verify.engine import worker
+from nsa_verify.engine.events import (
+    CheckFailed,
+    Disagreement,
+    DisagreementSeen,
+    Event,
+    Matrix,
+    Reliability,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    Shrinking,
+    StopReason,
+    WorkersReady,
+)
+from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.search import search
+from nsa_verify.engine.worker import RoundResult, Seen
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registry() -> Iterator[None]:
+    with registry_of_its_own():
+        yield
+
+
+@pytest.fixture(name="plan", scope="module")
+def _plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    mine = written(tmp_path_factory.mktemp("plan"))
+    return Plan(seed=7, max_examples=50, references=(str(mine),), only=("short-top-k", "vectorized"))
+
+
+Told = tuple[list[Event], list[Disagreement]]
+
+
+@pytest.fixture(name="told", scope="module")
+def _told(plan: Plan) -> Told:
+    """A whole run, and what was kept of it."""
+    return _events(plan)
+
+
+def _events(plan: Plan) -> Told:
+    kept: list[Disagreement] = []
+
+    def keep(found: Disagreement) -> Disagreement:
+        kept.append(found)
+        return msgspec.structs.replace(found, problem="kept in a list")
+
+    return list(search(plan, keep, "1.0", {"an": "option"})), kept
+
+
+def test_events_come_in_order_and_tell_all(told: Told) -> None:
+    events, kept = told
+    kinds = [type(event) for event in events]
+    assert kinds[:2] == [RunStarted, WorkersReady]
+    assert kinds[-3:] == [Shrinking, Disagreement, RunFinished]
+    rounds = [event for event in events if isinstance(event, RoundFinished)]
+    assert [(event.round, event.cases, event.cases_done) for event in rounds] == [(0, 20, 20), (1, 20, 40), (2, 10, 50)]
+    assert kinds.count(DisagreementSeen) == len(kept) == 1
+    assert kinds.index(DisagreementSeen) > kinds.index(RoundFinished)
+    started, found, finished = events[0], events[-2], events[-1]
+    assert isinstance(started, RunStarted)
+    assert isinstance(found, Disagreement)
+    assert isinstance(finished, RunFinished)
+    assert (started.seed, started.options, started.version, started.planned_cases) == (7, {"an": "option"}, "1.0", 50)
+    assert (found.problem, found.shrunk, found.reliability) == ("kept in a list", True, Reliability(5, 5))
+    assert (finished.cases, finished.stop, finished.signatures) == (50, StopReason.EXAMPLES, (found.signature,))
+
+
+def test_the_matrix_counts_every_case_once(told: Told) -> None:
+    finished = told[0][-1]
+    assert isinstance(finished, RunFinished)
+    mine = {mode: finished.matrix.cells["short-top-k", "eager", mode] for mode in Mode}
+    right = {mode: finished.matrix.cells["vectorized", "eager", mode] for mode in Mode}
+    assert all(cell.not_applicable == cell.disagree == cell.unknown == 0 for cell in right.values())
+    assert sum(cell.cases for cell in right.values()) >= 50
+    assert mine[Mode.DECODE].disagree >= 1
+    for mode in set(Mode) - {Mode.DECODE}:
+        assert (mine[mode].cases, mine[mode].not_applicable) == (0, right[mode].cases)
+        assert mine[mode].reasons == {"mode not declared": right[mode].cases}
+
+
+def test_the_same_plan_gives_the_same_events(plan: Plan, told: Told) -> None:
+    def untimed(events: list[Event]) -> list[object]:
+        timed = WorkersReady | RunFinished
+        return [msgspec.structs.replace(it, seconds=0.0) if isinstance(it, timed) else it for it in events]
+
+    assert untimed(told[0]) == untimed(_events(plan)[0])
+
+
+def test_without_shrinking_the_first_case_is_kept(plan: Plan) -> None:
+    events, kept = _events(msgspec.structs.replace(plan, shrink=False, max_examples=20))
+    (seen,) = [event for event in events if isinstance(event, DisagreementSeen)]
+    (found,) = kept
+    assert Shrinking not in [type(event) for event in events]
+    assert (found.finding, found.shrunk, found.note) == (seen.finding, False, "not shrunk")
+
+
+def test_the_minimal_case_does_not_depend_on_who_else_is_judged(plan: Plan, told: Told) -> None:
+    alone = _events(msgspec.structs.replace(plan, only=("short-top-k",)))[1]
+    assert told[1][0].case == alone[0].case
+
+
+def test_the_first_round_that_shows_a_signature_is_the_one_shrunk(told: Told) -> None:
+    seen = told[1][0]
+    state = module._State()
+    for index in (3, 1, 2):
+        case = Case(Setup(), (Replay(requests=(Request(seq_len=1 + index),)),))
+        first = Seen(seen.signature, seen.finding, case, 0)
+        list(module._round(state, RoundResult(index, 1, Matrix(), [first], [], f"d{index}", 0.0)))
+    index, kept = state.first[seen.signature]
+    assert (index, kept.case.replays[0].requests[0].seq_len) == (1, 2)
+    assert state.digests == {1: "d1", 2: "d2", 3: "d3"}
+
+
+def test_what_is_not_seen_again_is_kept_as_it_was_drawn(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "shrink_round", lambda *_: True)
+    (found,) = _events(msgspec.structs.replace(plan, max_examples=20))[1]
+    assert (found.shrunk, found.reliability.runs) == (False, 0)
+    assert found.note == "its round, run again, agreed: the case is kept as it was drawn"
+
+
+def test_an_unknown_verdict_is_an_event_and_counts(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_verify.device.judge import Judge
+
+    monkeypatch.setattr(Judge, "_check_oracle", lambda _: "the oracle contradicts itself")
+    events, kept = _events(msgspec.structs.replace(plan, max_examples=3, only=("vectorized",)))
+    failed = [event for event in events if isinstance(event, CheckFailed)]
+    assert [event.reason for event in failed] == ["the oracle contradicts itself"] * 3
+    finished = events[-1]
+    assert isinstance(finished, RunFinished)
+    assert finished.matrix.total(Outcome.UNKNOWN) >= 3
+    assert not kept
+
+
+def test_what_cannot_be_loaded_is_raised_before_any_event() -> None:
+    with pytest.raises(ImplementationError, match="--only warp: no such implementation"):
+        next(search(Plan(only=("warp",)), lambda found: found, "1.0", {}))
+
+
+def test_who_listens_no_longer_stops_the_search(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[int] = []
+    real = worker.run_round
+
+    def counted(plan: Plan, index: int, deadline: float = 0.0) -> Any:
+        rounds.append(index)
+        return real(plan, index, deadline)
+
+    monkeypatch.setattr(module, "run_round", counted)
+    for event in search(plan, lambda found: found, "1.0", {}):
+        if isinstance(event, RoundFinished):
+            break
+    assert rounds == [0]
+
+
+def test_reasons_are_those_of_the_mode(plan: Plan) -> None:
+    _, implementations = worker.prepare("cpu", plan.references, ("short-top-k",))
+    mine: Implementation = implementations[0]
+    replays = (Replay(requests=(Request(),)), Replay(mode=Mode.TARGET_VERIFY, requests=(Request(),)))
+    case = Case(Setup(), replays)
+    result = RoundResult(0, 0, Matrix(), [], [], "", 0.0)
+    (verdict,) = worker.judge_case(case, (mine,), ("eager",), "cpu")
+    worker._count(result, case, verdict, mine)
+    assert result.matrix.cells["short-top-k", "eager", Mode.DECODE].cases == 1
+    assert result.matrix.cells["short-top-k", "eager", Mode.TARGET_VERIFY].reasons == {"mode not declared": 1}

@@ -1,0 +1,212 @@
+"""The pytest plugin: saved cases are items, and nothing happens in a project that has none."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from shell.commands import invoke, registry_of_its_own, saved, written
+
+from nsa_verify.core.registry import load_builtin
+from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.worker import run_round
+
+pytest_plugins = ("pytester",)
+
+# An inner run in this process forgets what it imported, and torch cannot be imported twice.
+load_builtin()
+
+BUILT_IN = ("python-loop", "vectorized", "triton-fused", "triton-inplace", "precomputed-copy")
+
+
+@pytest.fixture(name="inner")
+def _inner(folder: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A project beside which pytest runs, in this process."""
+    for name in ("PYTEST_ADDOPTS", "NSA_VERIFY_CORPUS", "NSA_VERIFY_DEVICE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(pytester.path)
+    return pytester
+
+
+def _run(inner: pytest.Pytester, *arguments: object) -> pytest.RunResult:
+    with registry_of_its_own():
+        return inner.runpytest_inprocess("-p", "no:cacheprovider", *(str(it) for it in arguments))
+
+
+def _collected(result: pytest.RunResult) -> list[str]:
+    return [line.rpartition("::")[2] for line in result.outlines if "::" in line]
+
+
+def test_a_file_gives_an_item_per_implementation(inner: pytest.Pytester) -> None:
+    stems = sorted(saved(inner.path, seq_len).stem for seq_len in (8, 9, 10))
+    result = _run(inner, "--nsa-corpus", "corpus", "--collect-only", "-q")
+    assert result.ret == 0
+    assert _collected(result) == [f"{stem}[{name}]" for stem in stems for name in BUILT_IN]
+
+
+@pytest.mark.parametrize("how", ["option", "variable", "ini"])
+def test_how_a_corpus_is_named(inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    stem = saved(inner.path).stem
+    (inner.path / "corpus/note.json.txt").write_text("{")
+    (inner.path / "other.json").write_text("{")
+    arguments = ["--nsa-corpus", "corpus"] if how == "option" else []
+    if how == "variable":
+        monkeypatch.setenv("NSA_VERIFY_CORPUS", "corpus")
+    if how == "ini":
+        inner.makeini("[pytest]\nnsa_corpus = corpus\n")
+    result = _run(inner, *arguments, "--collect-only", "-q", "--nsa-only", "vectorized")
+    assert _collected(result) == [f"{stem}[vectorized]"]
+
+
+def test_a_corpus_elsewhere_is_collected_beside_what_was_asked_for(inner: pytest.Pytester, folder: Path) -> None:
+    stem = saved(folder / "elsewhere").stem
+    inner.makepyfile("def test_mine():\n    pass\n")
+    result = _run(inner, "--nsa-corpus", folder / "elsewhere/corpus", "--nsa-only", "vectorized", "-v")
+    assert result.ret == 0
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["*::test_mine PASSED*", f"*::{stem}[[]vectorized] PASSED*"])
+
+
+def test_a_failure_shows_the_case_and_no_traceback(inner: pytest.Pytester) -> None:
+    path = saved(inner.path)
+    written(inner.path)
+    (path.parent / "damaged.json").write_text(path.read_text()[:100])
+    only = ("--nsa-only", "short-top-k", "--nsa-only", "vectorized")
+    result = _run(inner, "--nsa-corpus", "corpus", "--nsa-impl", "mine.py", *only)
+    assert result.ret == 1
+    result.assert_outcomes(passed=1, failed=2)
+    text = result.stdout.str()
+    assert "Traceback" not in text
+    assert "pytest_plugin.py" not in text
+    result.stdout.fnmatch_lines(
+        [
+            "*_ damaged _*",
+            "*/damaged.json: not valid JSON, perhaps truncated, at line * restore or remove it",
+            f"*_ {path.stem}[[]short-top-k] _*",
+            "written for a test",
+            "short-top-k [[]eager] NV101 wrong value in the live region",
+            "setup   N=1 K=8 p=1 W=8 pool=1x8 buckets=1 steps=1 fill=1",
+            "replay 1 of 1: decode, bucket 1  <- disagrees",
+            "        row  seq_len  pool_row",
+            "        0    8        0",
+            "replay 1, step 0, 1 wrong cell: nsa_cache_seqlens[[]0]: expected 8, got 7",
+            "        expected  8",
+            "        got       7",
+        ]
+    )
+
+
+def test_an_unknown_verdict_fails(inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_verify.device.judge import Judge
+
+    monkeypatch.setattr(Judge, "_check_oracle", lambda _: "the oracle contradicts itself")
+    saved(inner.path)
+    result = _run(inner, "--nsa-corpus", "corpus", "--nsa-only", "vectorized")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["unknown: the oracle contradicts itself"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--nsa-only", "warp"), "--nsa-only warp: no such implementation; there are precomputed-copy, python-loop,*"),
+        (("--nsa-impl", "nowhere.py"), "--nsa-impl nowhere.py: there is no such file"),
+        (("--nsa-device", "cuda"), "--nsa-device cuda: PyTorch sees no CUDA device here; *"),
+    ],
+)
+def test_options_that_cannot_be_met(
+    inner: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], sentence: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    saved(inner.path)
+    result = _run(inner, "--nsa-corpus", "corpus", *arguments)
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines([sentence])
+    assert "Traceback" not in result.stdout.str()
+    assert "pytest_plugin.py" not in result.stdout.str()
+
+
+def test_a_corpus_that_is_not_there(inner: pytest.Pytester) -> None:
+    result = _run(inner, "--nsa-corpus", "nowhere")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --nsa-corpus nowhere: there is no such folder"])
+
+
+PLAN = Plan(seed=11, max_examples=24, only=("vectorized",))
+RECORD = """
+import json, os
+from pathlib import Path
+import pytest
+from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.worker import run_round
+
+@pytest.mark.parametrize("index", range(2))
+def test_round(index):
+    result = run_round(Plan(seed=11, max_examples=24, only=("vectorized",)), index)
+    told = [result.digest, os.environ["PYTEST_XDIST_WORKER"]]
+    Path(f"round{index}.json").write_text(json.dumps(told))
+"""
+
+
+def test_two_pytest_workers_see_what_one_process_sees(folder: Path) -> None:
+    (folder / "test_rounds.py").write_text(RECORD)
+    stems = sorted(saved(folder, seq_len).stem for seq_len in (8, 9))
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-v", "-n", "2", "--dist", "each"]
+    done = subprocess.run(
+        [*command, "--nsa-corpus", "corpus", "--nsa-only", "vectorized", "--nsa-only", "python-loop"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    passed: dict[str, list[str]] = {"gw0": [], "gw1": []}
+    for worker, item in re.findall(r"^\[(gw\d)\] .* PASSED .*::(\S+) *$", done.stdout, flags=re.MULTILINE):
+        passed[worker].append(item)
+    wanted = [f"{stem}[{name}]" for stem in stems for name in ("python-loop", "vectorized")]
+    assert passed == {worker: [*wanted, "test_round[0]", "test_round[1]"] for worker in passed}
+    with registry_of_its_own():
+        digests = [run_round(PLAN, index).digest for index in range(PLAN.rounds)]
+    assert digests == [json.loads((folder / f"round{index}.json").read_text())[0] for index in range(2)]
+
+
+INERT = """
+import json, sys
+from pathlib import Path
+
+def pytest_sessionfinish():
+    Path("imported.json").write_text(json.dumps(list(sys.modules)))
+"""
+
+
+def test_inert_in_a_project_that_has_nothing_to_do_with_it(folder: Path) -> None:
+    (folder / "conftest.py").write_text(INERT)
+    (folder / "test_other.py").write_text("def test_that_fails():\n    assert {'a': 1} == {'a': 2}\n")
+    (folder / "data.json").write_text("{")
+    said: list[str] = []
+    imported: list[set[str]] = []
+    for more in ((), ("-p", "no:nsa_verify")):
+        command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (1, "")
+        said.append(re.sub(r"in \d+\.\d+s.*|^plugins: .*", "", done.stdout, flags=re.MULTILINE))
+        imported.append(set(json.loads((folder / "imported.json").read_text())))
+    assert said[0] == said[1]
+    assert "nsa_verify.shell.pytest_plugin" in imported[0] - imported[1]
+    heavy = {"torch", "triton", "numpy", "hypothesis", "rich", "pynvml", "nsa_verify.engine", "nsa_verify.device"}
+    assert not imported[0] & heavy
+
+
+def test_the_command_and_the_plugin_agree(inner: pytest.Pytester) -> None:
+    saved(inner.path)
+    written(inner.path)
+    command = invoke("replay", "--impl", "mine.py", "--only", "short-top-k")
+    result = _run(inner, "--nsa-corpus", "corpus", "--nsa-impl", "mine.py", "--nsa-only", "short-top-k")
+    assert (command.exit_code, result.ret) == (1, 1)
+    shown = [line.strip() for line in command.stdout.splitlines() if line.startswith("    ")]
+    assert set(shown) <= {line.strip() for line in result.outlines}

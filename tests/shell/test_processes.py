@@ -1,0 +1,224 @@
+"""``nsa-verify`` as a process: Ctrl-C, workers that die, terminals and pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from shell.commands import invoke, refused, saved, written
+
+from nsa_verify.engine.corpus import load, scan
+
+PROGRAM = shutil.which("nsa-verify", path=sysconfig.get_path("scripts")) or "nsa-verify"
+PROMPT_S = 5.0
+"""How long a person waits after Ctrl-C."""
+SHORT = ("run", "--impl", "mine.py", "--only", "short-top-k", "--only", "vectorized", "--seed", "7")
+LONG = (*SHORT, "-n", "5000")
+
+DEADLY = """
+import os
+from nsa_verify import implementation
+from nsa_verify.kernels.vectorized import refresh as right
+
+calls = 0
+
+@implementation("deadly", modes=["decode"], extent="full")
+def refresh(inputs, steps, setup):
+    global calls
+    calls += 1
+    if calls > 400:
+        os._exit(11)
+    right(inputs, steps, setup)
+    steps[0].cache_seqlens.add_(1)
+"""
+
+
+class Running:
+    """A command in a process group of its own, so that it hears Ctrl-C together with its workers."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [PROGRAM, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        self.said = ""
+
+    def until(self, start: str) -> None:
+        """Read lines until one begins with ``start``."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said += line
+            if line.startswith(start):
+                return
+        pytest.fail(f"it ended before it said {start!r}: {self.said} {self.process.communicate()[1]}")
+
+    def interrupt(self) -> tuple[int, str, str, float]:
+        """Press Ctrl-C; exit code, all that was said, standard error, and how long it took."""
+        began = time.monotonic()
+        os.killpg(self.process.pid, signal.SIGINT)
+        rest, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, self.said + rest, errors, time.monotonic() - began
+
+    def survivors(self) -> list[int]:
+        """The processes of the group that are still there after a moment; the dead that nobody buried do not count."""
+        for _ in range(40):
+            found = []
+            for stat in Path("/proc").glob("[0-9]*/stat"):
+                try:
+                    state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+                except OSError:  # it ended between the two looks
+                    continue
+                if int(group) == self.process.pid and state != "Z":
+                    found.append(int(stat.parent.name))
+            if not found:
+                return []
+            time.sleep(0.05)
+        return found
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        for survivor in self.survivors():
+            os.kill(survivor, signal.SIGKILL)
+        self.process.communicate()
+
+
+@pytest.fixture(name="start")
+def _start(folder: Path) -> Iterator[type[Running]]:
+    started: list[Running] = []
+
+    class Started(Running):
+        def __init__(self, *arguments: str) -> None:
+            super().__init__(*arguments)
+            started.append(self)
+
+    yield Started
+    for running in started:
+        running.close()
+
+
+def _check_interrupted(running: Running, ended: tuple[int, str, str, float]) -> None:
+    code, said, errors, seconds = ended
+    assert (code, errors) == (130, "")
+    assert "Traceback" not in said
+    assert re.search(r"^\d+ cases? in .*, interrupted; digest ", said, flags=re.MULTILINE)
+    assert re.search(r"^short-top-k +eager +.*\d+ DISAGREE", said, flags=re.MULTILINE)
+    assert seconds < PROMPT_S
+    assert not running.survivors()
+    (entry,) = [load(path) for path in scan(Path("corpus"))]
+    assert entry.finding is not None
+    assert entry.finding.implementation == "short-top-k"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_while_cases_are_drawn(folder: Path, start: type[Running], workers: str) -> None:
+    written(folder)
+    running = start(*LONG, "-w", workers)
+    running.until("seen short-top-k [eager] NV101")
+    ended = running.interrupt()
+    _check_interrupted(running, ended)
+    assert "  case as it was drawn; interrupted before it was shrunk\n" in ended[1]
+
+
+def test_ctrl_c_while_a_case_is_shrunk(folder: Path, start: type[Running]) -> None:
+    mine = written(folder)
+    slow = mine.read_text().replace("import torch", "import time, torch")
+    mine.write_text(slow.replace("    for step", "    time.sleep(0.02)\n    for step"))
+    running = start(*SHORT, "--mode", "decode", "-n", "20", "-w", "2")
+    running.until("shrinking short-top-k [eager] NV101")
+    time.sleep(0.5)
+    ended = running.interrupt()
+    _check_interrupted(running, ended)
+    assert "; the shrink was interrupted\n" in ended[1]
+
+
+def test_a_worker_that_dies(folder: Path) -> None:
+    (folder / "deadly.py").write_text(DEADLY)
+    done = invoke("run", "--impl", "deadly.py", "--only", "deadly", "--mode", "decode", "-n", 100, "--seed", 7, "-w", 2)
+    sentence = "a worker process died while it ran a case; run again with --workers 1 to see which implementation"
+    assert refused(done) == f"{sentence} takes the process down"
+    assert "; a worker died before it was shrunk\n" in done.stdout
+    assert len(list(scan(Path("corpus")))) >= 1
+
+
+def test_the_number_of_workers_changes_nothing(folder: Path) -> None:
+    written(folder)
+    run = (*SHORT, "-n", 40, "--json")
+    one, two = (json.loads(invoke(*run, "-w", workers).stdout) for workers in (1, 2))
+    assert (one["options"].pop("workers"), two["options"].pop("workers")) == ("1", "2")
+    for told in (one, two):
+        for measured in ("seconds", "cases_per_s", "workers"):
+            del told[measured]
+    assert one["findings"]
+    assert one == two
+
+
+def _on_a_terminal(*arguments: str, columns: int = 80) -> tuple[int, str]:
+    """Exit code and output of a command whose standard streams are a terminal."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns)}
+    for name in ("NO_COLOR", "FORCE_COLOR", "CI"):
+        environment.pop(name, None)
+    process = subprocess.Popen([PROGRAM, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    said = b""
+    while True:
+        try:
+            read = os.read(ours, 65536)
+        except OSError:  # what Linux says when the other side of a terminal is closed
+            break
+        if not read:
+            break
+        said += read
+    os.close(ours)
+    return process.wait(), said.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_gets_colour_and_a_pipe_gets_none(folder: Path) -> None:
+    name = "sho[red]rt[/]"
+    written(folder, name=name)
+    code, said = _on_a_terminal(
+        "run", "--impl", "mine.py", "--only", name, "--only", "vectorized", "-n", "20", "--seed", "7", "-w", "1"
+    )
+    assert code == 1
+    assert f"\x1b[1;31m{name} [eager] NV101 wrong value in the live region\x1b[0m\n" in said
+    assert "20/20" in said
+    assert said.rindex("\x1b[?25h") > said.rindex("\x1b[?25l"), "the cursor was left hidden"
+    matrix = said[said.rindex("implementation") :]
+    assert re.search(rf"^{re.escape(name)} +eager +\x1b\[31m\d+ ", matrix, flags=re.MULTILINE), matrix
+    assert f"n/a  {name}  mode not declared (" in matrix
+
+
+def test_no_color_is_obeyed_on_a_terminal(folder: Path) -> None:
+    saved(folder)
+    code, said = _on_a_terminal("corpus", "list", "--no-color")
+    assert code == 0
+    assert "\x1b" not in said
+    assert said.endswith("1 case\n")
+
+
+def test_a_reader_that_goes_away_changes_no_exit_code(folder: Path) -> None:
+    for number in range(40):
+        saved(folder, 8 + number)
+    process = subprocess.Popen(
+        [PROGRAM, "corpus", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(), errors) == (0, b"")
