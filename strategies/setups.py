@@ -17,10 +17,10 @@ _BUCKET_COUNTS = (1, 1, 1, 2, 2, 3)
 _TOP_K = (8, 8, 8, 1, 2, 3, 4, 5, 7, 12, 16, 33, 64, 100, 128)
 _EXTRA_COLUMNS = (0, 1, 3, 5, 7, 32)
 _DRAFT_TOKENS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, *range(5, MAX_DRAFT_TOKENS + 1))
-_MANY_ROWS = (0, 32, 32, 128, 129, 129, 129, 31, 31, 32, 33)
+_MANY_ROWS = (0, 32, 128, 129, 129, 129, 31, 31, 32, 32, 32, 33)
 """Expanded rows that fill warps or blocks: exactly, less one, or by one more. The first stands for a batch of two, to
 which a case shrinks that needs padded rows but not many."""
-_ONE_TOKEN = 7
+_ONE_TOKEN = 6
 """From here on with one draft token, so that no number of draft tokens rounds them up."""
 
 

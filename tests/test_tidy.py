@@ -90,7 +90,7 @@ def _files() -> tuple[Path, ...]:
     try:
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):
-        generated = {".venv", ".typing", "build", "__pycache__", ".git", ".hypothesis"}
+        generated = {"build", "__pycache__", *(it.name for it in ROOT.glob(".*") if it.is_dir() and it.name != ".ci")}
         found = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
         listed = [str(path) for path in found if not any(_is_generated(part, generated) for part in path.parts)]
     return tuple(sorted(ROOT / name for name in set(listed) if name and (ROOT / name).is_file()))

@@ -228,7 +228,8 @@ def shrink(plan: Plan, index: int, signature: Signature) -> ShrinkResult | None:
     """
     device, implementations = prepare(plan.device, plan.references, plan.only)
     accused = tuple(it for it in implementations if it.name == signature.implementation)
-    best: list[tuple[Case, Finding]] = []
+    shown: list[tuple[Case, Finding]] = []
+    """The smallest that showed it so far by our measure, and the last."""
     probes = 0
 
     def accuse(case: Case) -> Finding | None:
@@ -243,8 +244,8 @@ def shrink(plan: Plan, index: int, signature: Signature) -> ShrinkResult | None:
         finding = accuse(case)
         if finding is None:
             return False
-        if not best or size_of(case) <= size_of(best[0][0]):
-            best[:] = [(case, finding)]
+        smallest = shown[0] if shown and size_of(shown[0][0]) < size_of(case) else (case, finding)
+        shown[:] = [smallest, (case, finding)]
         return True
 
     stable, stopped = True, False
@@ -252,9 +253,11 @@ def shrink(plan: Plan, index: int, signature: Signature) -> ShrinkResult | None:
         stable = shrink_round(plan, index, shows)
     except KeyboardInterrupt:
         stopped = True
-    if not best:
+    if not shown:
         return None
-    case, finding = best[0]
+    # Hypothesis ends with its minimal case, which is what a person would have written; a shrink that was cut short, or
+    # went astray, ends anywhere.
+    case, finding = shown[-1] if stable and not stopped else shown[0]
     disagreed = sum(_disagrees(case, accused, signature, device) for _ in range(RELIABILITY_RUNS))
     return ShrinkResult(case, finding, probes, stable, Reliability(disagreed, RELIABILITY_RUNS), stopped)
 

@@ -69,7 +69,7 @@ def test_events_come_in_order_and_tell_all(told: Told) -> None:
     assert kinds[:2] == [RunStarted, WorkersReady]
     assert kinds[-3:] == [Shrinking, Disagreement, RunFinished]
     rounds = [event for event in events if isinstance(event, RoundFinished)]
-    assert [(event.round, event.cases, event.cases_done) for event in rounds] == [(0, 20, 20), (1, 20, 40), (2, 10, 50)]
+    assert [(event.round, event.cases, event.cases_done) for event in rounds] == [(index, 10, 10 * index + 10) for index in range(5)]
     assert kinds.count(DisagreementSeen) == len(kept) == 1
     assert kinds.index(DisagreementSeen) > kinds.index(RoundFinished)
     started, found, finished = events[0], events[-2], events[-1]

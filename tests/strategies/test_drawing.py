@@ -53,7 +53,7 @@ def test_cases_are_cheap_on_average() -> None:
         for index, replay in enumerate(case.replays)
     )
     widths = sorted(case.setup.table_width for case in drawn)
-    assert rows[len(rows) * 3 // 4] <= 12
+    assert rows[len(rows) * 2 // 3] <= 12
     assert rows[len(rows) * 9 // 10] <= 33
     assert widths[len(widths) * 3 // 4] <= 160
     assert sum(len(case.replays) for case in drawn) <= 2.5 * len(drawn)
