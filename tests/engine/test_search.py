@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -63,13 +64,15 @@ def _events(plan: Plan) -> Told:
     return list(search(plan, keep, "1.0", {"an": "option"})), kept
 
 
-def test_events_come_in_order_and_tell_all(told: Told) -> None:
+def test_events_come_in_order_and_tell_all(plan: Plan, told: Told) -> None:
     events, kept = told
     kinds = [type(event) for event in events]
     assert kinds[:2] == [RunStarted, WorkersReady]
     assert kinds[-3:] == [Shrinking, Disagreement, RunFinished]
     rounds = [event for event in events if isinstance(event, RoundFinished)]
-    assert [(event.round, event.cases, event.cases_done) for event in rounds] == [(index, 10, 10 * index + 10) for index in range(5)]
+    assert [event.round for event in rounds] == list(range(plan.rounds))
+    assert [event.cases for event in rounds] == [plan.round_cases(index) for index in range(plan.rounds)]
+    assert [event.cases_done for event in rounds] == list(accumulate(event.cases for event in rounds))
     assert kinds.count(DisagreementSeen) == len(kept) == 1
     assert kinds.index(DisagreementSeen) > kinds.index(RoundFinished)
     started, found, finished = events[0], events[-2], events[-1]
@@ -168,12 +171,12 @@ def test_who_listens_no_longer_stops_the_search(plan: Plan, monkeypatch: pytest.
 
 
 def test_reasons_are_those_of_the_mode(plan: Plan) -> None:
-    _, implementations = worker.prepare("cpu", plan.references, ("short-top-k",))
+    device, implementations = worker.prepare("auto", plan.references, ("short-top-k",))
     mine: Implementation = implementations[0]
     replays = (Replay(requests=(Request(),)), Replay(mode=Mode.TARGET_VERIFY, requests=(Request(),)))
     case = Case(Setup(), replays)
     result = RoundResult(0, 0, Matrix(), [], [], "", 0.0)
-    (verdict,) = worker.judge_case(case, (mine,), ("eager",), "cpu")
+    (verdict,) = worker.judge_case(case, (mine,), ("eager",), device)
     worker._count(result, case, verdict, mine)
     assert result.matrix.cells["short-top-k", "eager", Mode.DECODE].cases == 1
     assert result.matrix.cells["short-top-k", "eager", Mode.TARGET_VERIFY].reasons == {"mode not declared": 1}

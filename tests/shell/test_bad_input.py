@@ -68,7 +68,8 @@ RUN = ("run", "-w", 1, "-n", 20, "--seed", 7, "--only", "vectorized")
 def test_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], sentence: str) -> None:
     import torch
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if "cuda" in arguments:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (folder / "folder").mkdir()
     texts = {
         "raises.py": "import math\n\nraise ValueError('cannot')\n",

@@ -14,6 +14,7 @@ from shell.commands import invoke, saved, written
 from nsa_verify import Implementation
 from nsa_verify.engine import worker
 from nsa_verify.engine.corpus import load, scan
+from nsa_verify.engine.plan import ROUND_CASES
 
 FOUND = ("run", "--impl", "mine.py", "--only", "short-top-k", "-n", 40, "--seed", 7, "-w", 1)
 
@@ -99,7 +100,7 @@ def test_between_two_cases(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     written(folder)
     done = invoke(*FOUND)
     assert (done.exit_code, done.stderr) == (130, "")
-    assert "\n20 cases in " in done.stdout
+    assert f"\n{ROUND_CASES} cases in " in done.stdout
     assert len(list(scan(folder / "corpus"))) == 1
 
 

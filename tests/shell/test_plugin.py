@@ -12,10 +12,13 @@ import pytest
 from shell.commands import invoke, registry_of_its_own, saved, written
 
 from nsa_verify.core.registry import load_builtin
-from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.plan import ROUND_CASES, Plan
 from nsa_verify.engine.worker import run_round
 
 pytest_plugins = ("pytester",)
+
+PLAIN = ("-p", "no:cacheprovider", "-p", "no:benchmark")
+"""Other plugins of the machine stay out of what inner runs print."""
 
 # An inner run in this process forgets what it imported, and torch cannot be imported twice.
 load_builtin()
@@ -34,7 +37,7 @@ def _inner(folder: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPa
 
 def _run(inner: pytest.Pytester, *arguments: object) -> pytest.RunResult:
     with registry_of_its_own():
-        return inner.runpytest_inprocess("-p", "no:cacheprovider", *(str(it) for it in arguments))
+        return inner.runpytest_inprocess(*PLAIN, *(str(it) for it in arguments))
 
 
 def _collected(result: pytest.RunResult) -> list[str]:
@@ -123,7 +126,8 @@ def test_options_that_cannot_be_met(
 ) -> None:
     import torch
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if "cuda" in arguments:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     saved(inner.path)
     result = _run(inner, "--nsa-corpus", "corpus", *arguments)
     assert result.ret == pytest.ExitCode.INTERRUPTED
@@ -138,17 +142,17 @@ def test_a_corpus_that_is_not_there(inner: pytest.Pytester) -> None:
     result.stderr.fnmatch_lines(["ERROR: --nsa-corpus nowhere: there is no such folder"])
 
 
-PLAN = Plan(seed=11, max_examples=24, only=("vectorized",))
+PLAN = Plan(seed=11, max_examples=ROUND_CASES + 4, only=("vectorized",))
 RECORD = """
 import json, os
 from pathlib import Path
 import pytest
-from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.plan import ROUND_CASES, Plan
 from nsa_verify.engine.worker import run_round
 
 @pytest.mark.parametrize("index", range(2))
 def test_round(index):
-    result = run_round(Plan(seed=11, max_examples=24, only=("vectorized",)), index)
+    result = run_round(Plan(seed=11, max_examples=ROUND_CASES + 4, only=("vectorized",)), index)
     told = [result.digest, os.environ["PYTEST_XDIST_WORKER"]]
     Path(f"round{index}.json").write_text(json.dumps(told))
 """
@@ -157,7 +161,7 @@ def test_round(index):
 def test_two_pytest_workers_see_what_one_process_sees(folder: Path) -> None:
     (folder / "test_rounds.py").write_text(RECORD)
     stems = sorted(saved(folder, seq_len).stem for seq_len in (8, 9))
-    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-v", "-n", "2", "--dist", "each"]
+    command = [sys.executable, "-P", "-m", "pytest", *PLAIN, "-v", "-n", "2", "--dist", "each"]
     done = subprocess.run(
         [*command, "--nsa-corpus", "corpus", "--nsa-only", "vectorized", "--nsa-only", "python-loop"],
         capture_output=True,
@@ -191,7 +195,7 @@ def test_inert_in_a_project_that_has_nothing_to_do_with_it(folder: Path) -> None
     said: list[str] = []
     imported: list[set[str]] = []
     for more in ((), ("-p", "no:nsa_verify")):
-        command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *more]
+        command = [sys.executable, "-P", "-m", "pytest", *PLAIN, "-p", "no:hypothesispytest", *more]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (1, "")
         said.append(re.sub(r"in \d+\.\d+s.*|^plugins: .*", "", done.stdout, flags=re.MULTILINE))
