@@ -114,6 +114,7 @@ class Crew:
                         self._kill()
                 self._pool.shutdown(wait=True, cancel_futures=True)
         finally:
+            worker.stop(False)
             if self._handler is signal.default_int_handler:
                 signal.signal(signal.SIGINT, self._handler)
         if isinstance(error, BrokenProcessPool):

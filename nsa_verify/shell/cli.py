@@ -204,8 +204,3 @@ def explain(code: str) -> None:
 cli.add_command(replay)
 cli.add_command(corpus)
 cli.add_command(doctor)
-
-
-def main() -> None:
-    """The console script."""
-    cli()

@@ -37,14 +37,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What ``--nsa-corpus`` names is collected wherever it lies, and must be there."""
+    """What ``--nsa-corpus`` names is collected wherever it lies, or the part of it that was asked for."""
     corpus = _corpus(config) if config.getoption("--nsa-corpus") else None
     if corpus is None:
         return
     if not corpus.exists():
         raise pytest.UsageError(f"--nsa-corpus {config.getoption('--nsa-corpus')}: there is no such folder")
     here = config.invocation_params.dir
-    if not any(corpus.is_relative_to(os.path.abspath(here / arg.partition("::")[0])) for arg in config.args):
+    asked = [Path(os.path.abspath(here / argument.partition("::")[0])) for argument in config.args]
+    if not any(corpus.is_relative_to(path) or path.is_relative_to(corpus) for path in asked):
         config.args.append(str(corpus))
 
 
@@ -79,10 +80,16 @@ class SavedCase(pytest.File):
             yield DamagedCase.from_parent(self, name=self.path.stem, problem=str(error))
             return
         device, implementations = _implementations(self.config)
-        for it in implementations:
-            if any(it.not_applicable(entry.case.setup, replay.mode) is None for replay in entry.case.replays):
-                name = f"{self.path.stem}[{it.name}]"
-                yield CaseItem.from_parent(self, name=name, entry=entry, implementation=it, device=device)
+        applicable = [it for it in implementations if _applies(it, entry.case)]
+        for it in applicable:
+            name = f"{self.path.stem}[{it.name}]"
+            yield CaseItem.from_parent(self, name=name, entry=entry, implementation=it, device=device)
+        if not applicable:
+            yield IdleCase.from_parent(self, name=self.path.stem)
+
+
+def _applies(implementation: Implementation, case: Case) -> bool:
+    return any(implementation.not_applicable(case.setup, replay.mode) is None for replay in case.replays)
 
 
 def _implementations(config: pytest.Config) -> tuple[str, tuple[Implementation, ...]]:
@@ -141,6 +148,18 @@ class CaseItem(pytest.Item):
         yield f"{finding.implementation} [{finding.executor}] {title(finding.code)}"
         yield from case_lines(failed.case, finding.replay)
         yield from finding_lines(finding)
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        """Where the item comes from."""
+        return self.path, None, self.name
+
+
+class IdleCase(pytest.Item):
+    """A saved case that none of the chosen implementations can run: skipped, and so not silently untested."""
+
+    def runtest(self) -> None:
+        """Skip with the reason."""
+        pytest.skip("no implementation is applicable; choose others with --nsa-only or --nsa-impl")
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
         """Where the item comes from."""

@@ -71,9 +71,9 @@ def test_ctrl_c_between_two_pieces_of_work_is_kept_for_later(usual_ctrl_c: None)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    worker.stop_if_asked()
     with Crew(1) as crew:
         assert not crew.interrupted
-        worker.stop_if_asked()
 
 
 def test_ctrl_c_before_the_workers_are_up_is_not_kept(usual_ctrl_c: None) -> None:

@@ -136,6 +136,28 @@ def test_options_that_cannot_be_met(
     assert "pytest_plugin.py" not in result.stdout.str()
 
 
+def test_a_part_of_the_corpus_is_collected_alone(inner: pytest.Pytester) -> None:
+    stem = saved(inner.path).stem
+    other = saved(inner.path / "elsewhere")
+    moved = inner.path / "corpus" / "seeds" / other.name
+    moved.parent.mkdir(parents=True)
+    other.rename(moved)
+    result = _run(inner, "--nsa-corpus", "corpus", "--collect-only", "-q", "--nsa-only", "vectorized", "corpus/crashing")
+    assert _collected(result) == [f"{stem}[vectorized]"]
+
+
+def test_a_case_that_nobody_can_run_is_skipped_and_says_so(inner: pytest.Pytester) -> None:
+    (inner.path / "verify_only.py").write_text(
+        "from nsa_verify import Mode, implementation\n"
+        "@implementation('verify-only', modes={Mode.TARGET_VERIFY})\n"
+        "def refresh(inputs, steps, setup): ...\n"
+    )
+    saved(inner.path)
+    result = _run(inner, "--nsa-corpus", "corpus", "--nsa-impl", "verify_only.py", "--nsa-only", "verify-only", "-rs")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*no implementation is applicable; choose others with --nsa-only or --nsa-impl"])
+
+
 def test_a_corpus_that_is_not_there(inner: pytest.Pytester) -> None:
     result = _run(inner, "--nsa-corpus", "nowhere")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

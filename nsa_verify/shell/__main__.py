@@ -1,0 +1,18 @@
+"""The console script, also ``python -m nsa_verify.shell``: starts before the heavy imports, so that Ctrl-C is one word."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from nsa_verify.shell.cli import cli
+    except KeyboardInterrupt:
+        sys.exit(130)
+    cli()
+
+
+if __name__ == "__main__":
+    main()
