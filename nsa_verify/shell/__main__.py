@@ -1,4 +1,4 @@
-"""The console script, also ``python -m nsa_verify.shell``: starts before the heavy imports, so that Ctrl-C is one word."""
+"""The console script, also ``python -m nsa_verify.shell``: it starts before the heavy imports, and Ctrl-C is one word."""
 
 from __future__ import annotations
 

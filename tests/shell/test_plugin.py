@@ -142,7 +142,8 @@ def test_a_part_of_the_corpus_is_collected_alone(inner: pytest.Pytester) -> None
     moved = inner.path / "corpus" / "seeds" / other.name
     moved.parent.mkdir(parents=True)
     other.rename(moved)
-    result = _run(inner, "--nsa-corpus", "corpus", "--collect-only", "-q", "--nsa-only", "vectorized", "corpus/crashing")
+    arguments = ("--nsa-corpus", "corpus", "--nsa-only", "vectorized", "corpus/crashing")
+    result = _run(inner, "--collect-only", "-q", *arguments)
     assert _collected(result) == [f"{stem}[vectorized]"]
 
 
