@@ -1,4 +1,4 @@
-"""The console script, also ``python -m nsa_verify.shell``: it starts before the heavy imports, and Ctrl-C is one word."""
+"""The console script (``python -m nsa_verify.shell``), up before the heavy imports: Ctrl-C is never a traceback."""
 
 from __future__ import annotations
 
