@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Final
 
 from nsa_verify.core.buffers import FROZEN
-from nsa_verify.core.case import Case, Mode, Setup
+from nsa_verify.core.case import Case, Mode, Setup, longest
 from nsa_verify.core.implementation import Extent, Implementation
 from nsa_verify.core.oracle import Expectation, batch, expect
 from nsa_verify.device.layout import ArenaLayout, InputPlace, Place, arena_layout, poison
@@ -20,9 +20,6 @@ LIVE: Final = 1
 SLACK: Final = 2
 
 POISON_CHUNK: Final = 1 << 14
-
-JUNK_SEQ_LEN, JUNK_ACCEPT_LEN = 3, 1
-"""What input elements past the bucket hold: plausible, so that using them shows as a wrong value and not as a crash."""
 
 
 @lru_cache(maxsize=8)
@@ -95,16 +92,24 @@ class _Runs(dict[int, bytes]):
 _RUNS = {LIVE: _Runs(LIVE), SLACK: _Runs(SLACK)}
 
 
+def tail_length(setup: Setup, mode: Mode) -> int:
+    """What ``seq_lens`` holds past the bucket: the longest legal length, so that a maximum or a sum over it is wrong.
+
+    Plausible, as all that input elements past the bucket hold: using it shows as a wrong value and not as a crash.
+    """
+    return longest(setup, mode)
+
+
 def _paint_inputs(layout: ArenaLayout, case: Case, replay: int, image: array[int], regions: bytearray) -> None:
     """Inputs must come back as they were, so all of the input zones is live, the gaps between elements included."""
     given = batch(case, replay)
     tail = case.setup.input_tail
-    seq_lens = [*given.seq_lens, *[JUNK_SEQ_LEN] * tail]
+    seq_lens = [*given.seq_lens, *[tail_length(case.setup, given.mode)] * tail]
     pool_rows = [*given.pool_rows, *[case.setup.pool_rows - 1] * tail]
     _scatter(image, layout.inputs["seq_lens"], seq_lens)
     _scatter(image, layout.inputs["req_pool_indices"], pool_rows)
     if given.mode in (Mode.DRAFT_EXTEND, Mode.DRAFT_EXTEND_V2):
-        _scatter(image, layout.inputs["accept_lens"], [*given.accept_lens, *[JUNK_ACCEPT_LEN] * tail])
+        _scatter(image, layout.inputs["accept_lens"], [*given.accept_lens, *[case.setup.num_draft_tokens] * tail])
     for zone in layout.zones:
         if zone.kind == "input":
             regions[zone.start : zone.end] = _RUNS[LIVE][zone.end - zone.start]

@@ -15,7 +15,7 @@ from nsa_verify.core.buffers import shapes
 from nsa_verify.core.case import Case, Mode, Setup
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, MetadataBuffers, ReplayInputs
 from nsa_verify.core.oracle import batch
-from nsa_verify.device.images import aliased_place, initial_image
+from nsa_verify.device.images import aliased_place, initial_image, tail_length
 from nsa_verify.device.layout import TWO_DIMENSIONAL, InputPlace, Place, arena_layout
 from nsa_verify.device.pool import Difference, Pool
 
@@ -54,10 +54,10 @@ class Rig:
             self.host_seq_lens.copy_(self.host_image(case, replay))
 
     def host_image(self, case: Case, replay: int) -> Tensor:
-        """What ``seq_lens_cpu``'s whole memory must hold: the lengths, then zeros."""
-        lengths = batch(case, replay).seq_lens
-        image = torch.zeros_like(self.host_seq_lens)
-        image[: len(lengths)] = torch.tensor(lengths, dtype=image.dtype)
+        """What ``seq_lens_cpu``'s whole memory must hold: the lengths, then what ``seq_lens`` has past the bucket."""
+        given = batch(case, replay)
+        image = torch.full_like(self.host_seq_lens, tail_length(self.setup, given.mode))
+        image[: given.bucket] = torch.tensor(given.seq_lens, dtype=image.dtype)
         return image
 
     def host_difference(self, case: Case, replay: int) -> Difference | None:
