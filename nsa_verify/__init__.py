@@ -24,8 +24,9 @@ def verify(
     """Run ``case`` through one implementation and judge every byte it leaves.
 
     ``implementation`` is an ``Implementation``, a function decorated with ``@implementation``, or a registered name.
-    ``executor`` is ``eager``; ``device`` is ``auto``, ``cpu`` or ``cuda``. Raises ``nsa_verify.device.DeviceError`` if
-    the device cannot be had, ``ImplementationError`` for what nobody registered, ``ValueError`` for another executor.
+    ``executor`` is ``eager``; ``device`` is ``auto``, ``cpu`` or ``cuda``. Raises
+    ``nsa_verify.device.select.DeviceError`` if the device cannot be had, ``ImplementationError`` (of
+    ``nsa_verify.core.registry``) for what nobody registered, ``ValueError`` for another executor.
     """
     from nsa_verify.device.judge import verify as judge
 

@@ -133,6 +133,9 @@ class Setup(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         for field in ("seq_lens_dtype", "pool_index_dtype"):
             if getattr(self, field) not in ("int32", "int64"):
                 _refuse(field, getattr(self, field), "must be int32 or int64")
+        for field in ("aliased_seq_lens", "host_lengths", "schedule"):
+            if type(getattr(self, field)) is not bool:
+                _refuse(field, getattr(self, field), "must be true or false")
         _between("num_draft_tokens", self.num_draft_tokens, 1, MAX_DRAFT_TOKENS)
         _between("index_topk", self.index_topk, 1, 2**31 - 1)
         _between("page_size", self.page_size, 1, PAGE_SIZES[-1])
@@ -242,6 +245,8 @@ class Case(Struct, frozen=True, forbid_unknown_fields=True):
         setup = self.setup
         _between(f"{where}.accept_len", request.accept_len, 0, setup.num_draft_tokens)
         _between(f"{where}.pool_row", request.pool_row, 0, setup.pool_rows - 1)
+        if type(request.seq_len) is not int:
+            _refuse(f"{where}.seq_len", request.seq_len, "must be an integer")
         least = shortest(setup, mode, request.accept_len)
         if request.seq_len < least:
             _refuse(f"{where}.seq_len", request.seq_len, f"a real request in {mode} has at least {least}")

@@ -54,7 +54,7 @@ EXPLANATIONS: Final[dict[Code, Explanation]] = {
         "Write every defined row of the bucket on every replay, padded rows included, in every step.",
     ),
     Code.POISON: Explanation(
-        "live cell never written",
+        "poison left or copied",
         "A cell that this replay must define holds the poison that filled the memory before the first replay, or poison"
         " that was copied from elsewhere.",
         "A row, column, step or the leading 0 of a prefix sum is not written and happens to be zero in a fresh buffer;"
@@ -64,8 +64,7 @@ EXPLANATIONS: Final[dict[Code, Explanation]] = {
     Code.INVARIANT: Explanation(
         "an invariant of the metadata is broken",
         "A length is negative (consumers read it as an unsigned number of billions), a prefix sum does not start at 0,"
-        " runs backwards or does not end at the sum, a clamped length exceeds its bound, or a table cell is no slot of"
-        " the request.",
+        " runs backwards or does not end at the sum, or a clamped length exceeds its bound.",
         "No clamp at 0 on padded rows before the top-k minimum and the prefix sum; raw-batch sums next to padded"
         " lengths; a prefix sum that restarts at a block boundary.",
         "Clamp first, then take the minimum, then the prefix sum, over the padded batch.",

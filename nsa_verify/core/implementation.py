@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from inspect import signature
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from nsa_verify.core.case import CtxLens, Mode, Setup
@@ -139,9 +140,13 @@ def implementation(
     declared = frozenset(Mode(mode) for mode in modes)
     if not declared:
         raise ValueError(f"implementation {name!r} declares no mode")
-    graph_modes = (declared if capturable else frozenset()) if isinstance(capturable, bool) else frozenset(capturable)
+    graph_modes = _graph_modes(name, capturable, declared)
 
     def register(refresh: RefreshT) -> RefreshT:
+        try:
+            signature(refresh).bind(None, None, None)
+        except TypeError as error:
+            raise ValueError(f"implementation {name!r}: must take (inputs, steps, setup): {error}") from error
         taken = _registered.get(name)
         if taken is not None and _origin(taken.refresh) != _origin(refresh):
             raise ValueError(
@@ -153,7 +158,7 @@ def implementation(
             modes=declared,
             extent=Extent(extent),
             block=block,
-            capturable=graph_modes & declared,
+            capturable=graph_modes,
             host_lengths=host_lengths,
             optional_outputs=outputs,
             source=_origin(refresh),
@@ -161,6 +166,15 @@ def implementation(
         return refresh
 
     return register
+
+
+def _graph_modes(name: str, capturable: bool | Collection[Mode], declared: frozenset[Mode]) -> frozenset[Mode]:
+    if isinstance(capturable, bool):
+        return declared if capturable else frozenset()
+    modes = frozenset([Mode(capturable)] if isinstance(capturable, str) else map(Mode, capturable))
+    if undeclared := modes - declared:
+        raise ValueError(f"implementation {name!r}: capturable in {min(undeclared)}, which it does not declare")
+    return modes
 
 
 def registered() -> dict[str, Implementation]:

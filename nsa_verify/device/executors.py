@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -60,7 +61,7 @@ class EagerSession:
         inputs = self._rig.inputs(mode, bucket)
         steps = self._rig.steps(mode, bucket, self._writes)
         try:
-            with PoisonTemporaries():
+            with PoisonTemporaries(), _unseeded():
                 self._implementation.refresh(inputs, steps, self._rig.setup)
         except (Exception, SystemExit) as error:
             raise ImplementationRaised(error) from error
@@ -108,6 +109,19 @@ def _poison(tensor: torch.Tensor) -> None:
         tensor.fill_(float("nan"))
     elif tensor.dtype in (torch.int32, torch.int64):
         tensor.fill_(TEMPORARY_POISON)
+    elif not tensor.is_complex():
+        tensor.fill_(1)
+
+
+@contextmanager
+def _unseeded() -> Iterator[None]:
+    """Hypothesis gives every example the same ``random``; an implementation that depends on it must still show."""
+    before = random.getstate()
+    random.seed()
+    try:
+        yield
+    finally:
+        random.setstate(before)
 
 
 @contextmanager

@@ -127,8 +127,6 @@ class Crew:
         if self.interrupted or not self._up:
             raise KeyboardInterrupt
         self.stop()
-        if self._pool is None and worker.is_judging():
-            raise KeyboardInterrupt
 
     def _kill(self) -> None:
         for child in set(multiprocessing.active_children()) - self._strangers:

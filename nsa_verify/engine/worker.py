@@ -95,10 +95,9 @@ _all_ready: Barrier | None = None
 
 
 class _Here:
-    """What this very process is doing."""
+    """What this very process was asked to do."""
 
     stopping = False
-    judging = False
 
 
 def obey(stop: EventType, all_ready: Barrier) -> None:
@@ -120,11 +119,6 @@ def _follow_engine() -> None:
 def stop(stopping: bool = True) -> None:
     """Ask what runs in this very process to end; False takes it back."""
     _Here.stopping = stopping
-
-
-def is_judging() -> bool:
-    """Whether a case is being judged in this process right now: then a ``KeyboardInterrupt`` costs that case only."""
-    return _Here.judging
 
 
 def stop_if_asked() -> None:
@@ -182,7 +176,9 @@ def run_round(plan: Plan, index: int, deadline: float = 0.0) -> RoundResult:
         if deadline and time.time() > deadline:
             return
         repeat = result.cases % REPEAT_EVERY == 0
-        for verdict in judge_case(case, implementations, plan.executors, device, repeat):
+        verdicts = judge_case(case, implementations, plan.executors, device, repeat)
+        stop_if_asked()
+        for verdict in verdicts:
             _count(result, case, verdict, named[verdict.implementation])
             lines.append(f"{msgspec.json.encode(case).decode()} {_summary(verdict)}")
         result.cases += 1
@@ -207,18 +203,17 @@ def judge_case(
     from nsa_verify.device.executors import EXECUTORS
     from nsa_verify.device.judge import Judge
 
-    _Here.judging = True
-    try:
-        judge: Judge = Judge(case, device)
-        return [judge.judge(it, EXECUTORS[executor], repeat) for executor in executors for it in implementations]
-    finally:
-        _Here.judging = False
+    judge: Judge = Judge(case, device)
+    return [judge.judge(it, EXECUTORS[executor], repeat) for executor in executors for it in implementations]
 
 
 def judge_saved(plan: Plan, case: Case) -> list[Verdict]:
     """The verdicts on a saved case."""
     device, implementations = prepare(plan.device, plan.references, plan.only)
-    return judge_case(case, implementations, plan.executors, device)
+    verdicts = judge_case(case, implementations, plan.executors, device)
+    if _Here.stopping:
+        raise KeyboardInterrupt
+    return verdicts
 
 
 def shrink(plan: Plan, index: int, signature: Signature) -> ShrinkResult | None:
@@ -242,6 +237,7 @@ def shrink(plan: Plan, index: int, signature: Signature) -> ShrinkResult | None:
         stop_if_asked()
         probes += 1
         finding = accuse(case)
+        stop_if_asked()
         if finding is None:
             return False
         smallest = shown[0] if shown and size_of(shown[0][0]) < size_of(case) else (case, finding)

@@ -144,11 +144,19 @@ def _events(plan: Plan, root: Path) -> Iterator[Event]:
         chosen["max-time"] = f"{plan.max_time_s:g} s"
     if plan.only:
         chosen["only"] = ",".join(plan.only)
-    provenance = Provenance(
-        version=__version__, seed=plan.seed, command=_command(), device=plan.device, impl=plan.references
-    )
+    device = plan.device
+
+    def kept(found: Disagreement) -> Disagreement:
+        provenance = Provenance(
+            version=__version__, seed=plan.seed, command=_command(), device=device, impl=plan.references
+        )
+        return keep(found, root, provenance)
+
     try:
-        yield from search(plan, lambda found: keep(found, root, provenance), __version__, chosen)
+        for event in search(plan, kept, __version__, chosen):
+            if isinstance(event, RunStarted):
+                device = event.device
+            yield event
     except DeviceError as error:
         raise Unable(str(error)) from error
 

@@ -9,6 +9,7 @@ import msgspec
 from nsa_verify.core.case import Case, Mode, Setup, SlotKind
 from nsa_verify.core.findings import EXPLANATIONS, Code, Finding
 from nsa_verify.core.oracle import batch
+from nsa_verify.device.layout import is_poison
 from nsa_verify.engine.events import Cell, Matrix, Subject
 
 MAX_ROWS = 12
@@ -90,12 +91,9 @@ def finding_lines(finding: Finding) -> list[str]:
     return lines
 
 
-POISON_BAND = -(2**31) + 1 + (1 << 20)
-
-
 def number(value: int) -> str:
     """A cell's content; poison by that name."""
-    return "poison" if value < POISON_BAND else str(value)
+    return "poison" if is_poison(value) else str(value)
 
 
 def title(code: Code) -> str:

@@ -119,12 +119,27 @@ def test_a_name_belongs_to_one_function() -> None:
     [
         (True, {Mode.DECODE, Mode.TARGET_VERIFY}),
         (False, set()),
-        ({Mode.DECODE, Mode.DRAFT_EXTEND}, {Mode.DECODE}),
+        ({Mode.DECODE}, {Mode.DECODE}),
+        ("decode", {Mode.DECODE}),
     ],
 )
-def test_only_declared_modes_are_capturable(capturable: bool | set[Mode], modes: set[Mode]) -> None:
+def test_only_declared_modes_are_capturable(capturable: Any, modes: set[Mode]) -> None:
     implementation("mine", modes=(Mode.DECODE, Mode.TARGET_VERIFY), capturable=capturable)(_refresh)
     assert registered()["mine"].capturable == modes
+
+
+@pytest.mark.parametrize("capturable", [{Mode.DECODE, Mode.DRAFT_EXTEND}, {"nonsense"}, "nonsense"])
+def test_capturable_in_a_mode_that_is_not_declared_is_refused(capturable: Any) -> None:
+    with pytest.raises(ValueError, match=r"draft-extend, which it does not declare|is not a valid Mode"):
+        implementation("mine", modes=(Mode.DECODE,), capturable=capturable)
+
+
+def test_a_function_that_cannot_be_called_is_refused() -> None:
+    def short(inputs: object, steps: object) -> None:
+        del inputs, steps
+
+    with pytest.raises(ValueError, match=r"must take \(inputs, steps, setup\)"):
+        implementation("mine")(short)  # type: ignore[type-var]
 
 
 def test_why_it_does_not_apply() -> None:
