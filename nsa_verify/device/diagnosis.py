@@ -12,7 +12,7 @@ from nsa_verify.core.case import Case
 from nsa_verify.core.findings import Cell, Code, Finding
 from nsa_verify.core.invariants import LENGTHS, PREFIX_SUMS, violations
 from nsa_verify.core.oracle import Region, expect
-from nsa_verify.device.images import FRAME, LIVE, SLACK
+from nsa_verify.device.images import FRAME, LIVE, SLACK, is_allowed
 from nsa_verify.device.layout import TWO_DIMENSIONAL, ArenaLayout, InputPlace, Zone, is_poison
 from nsa_verify.device.pool import Difference
 
@@ -70,7 +70,7 @@ def diagnose(snapshot: Snapshot, implementation: str, executor: str, alone: Tens
 
 def _group(snapshot: Snapshot, alone: Tensor | None) -> list[_Wrong]:
     after, before, wanted, classes = snapshot.after, snapshot.before, snapshot.wanted, snapshot.classes
-    allowed = ((after == wanted) & (classes != FRAME)) | ((after == before) & (classes != LIVE))
+    allowed = is_allowed(after, before, wanted, classes)
     groups: dict[tuple[int, Code], _Wrong] = {}
     for index in (~allowed).nonzero().flatten().tolist():
         zone = snapshot.layout.zone_at(index)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from array import array
 from functools import lru_cache
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nsa_verify.core.buffers import FROZEN
 from nsa_verify.core.case import Case, Mode, Setup, longest
 from nsa_verify.core.implementation import Extent, Implementation
 from nsa_verify.core.oracle import Expectation, batch, expect
 from nsa_verify.device.layout import ArenaLayout, InputPlace, Place, arena_layout, poison
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FRAME: Final = 0
 LIVE: Final = 1
@@ -90,6 +93,14 @@ class _Runs(dict[int, bytes]):
 
 
 _RUNS = {LIVE: _Runs(LIVE), SLACK: _Runs(SLACK)}
+
+
+def is_allowed(after: Tensor, before: Tensor, wanted: Tensor, classes: Tensor) -> Tensor:
+    """Which arena elements obey their region (contract, section 3); bool, of the shape that the four share.
+
+    Live holds what is wanted, frame what it held before, slack either.
+    """
+    return ((after == wanted) & (classes != FRAME)) | ((after == before) & (classes != LIVE))
 
 
 def tail_length(setup: Setup, mode: Mode) -> int:

@@ -22,7 +22,7 @@ from nsa_verify.core.oracle import expect
 from nsa_verify.core.registry import find
 from nsa_verify.device.diagnosis import Snapshot, diagnose
 from nsa_verify.device.executors import EXECUTORS, Executor, ImplementationRaised, session
-from nsa_verify.device.images import FRAME, LIVE, ImageKey, paint
+from nsa_verify.device.images import ImageKey, is_allowed, paint
 from nsa_verify.device.pool import Difference
 from nsa_verify.device.rig import rig_for
 from nsa_verify.device.select import resolve
@@ -153,7 +153,7 @@ class Judge:
         wanted, region = values[run.served], classes[run.served]
         snapshots = torch.stack(run.snapshots)
         before, after = snapshots[:-1], snapshots[1:]
-        allowed = ((after == wanted) & (region != FRAME)) | ((after == before) & (region != LIVE))
+        allowed = is_allowed(after, before, wanted, region)
         bad = ~allowed
         marks = (bad.any(dim=1) | torch.stack(run.pool_mutated)).tolist()
         raised_at = len(run.served) - 1 if run.raised is not None else None
