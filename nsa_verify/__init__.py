@@ -12,6 +12,7 @@ from nsa_verify.core.implementation import (
     MetadataBuffers,
     Refresh,
     ReplayInputs,
+    fallback,
     implementation,
 )
 
@@ -24,9 +25,10 @@ def verify(
     """Run ``case`` through one implementation and judge every byte it leaves.
 
     ``implementation`` is an ``Implementation``, a function decorated with ``@implementation``, or a registered name.
-    ``executor`` is ``eager``; ``device`` is ``auto``, ``cpu`` or ``cuda``. Raises
-    ``nsa_verify.device.select.DeviceError`` if the device cannot be had, ``ImplementationError`` (of
-    ``nsa_verify.core.registry``) for what nobody registered, ``ValueError`` for another executor.
+    ``executor`` is ``eager``, ``graph`` (CUDA) or ``simulated-graph`` (CPU); ``device`` is ``auto``, ``cpu`` or
+    ``cuda``. Raises ``nsa_verify.device.select.DeviceError`` if the device cannot be had, ``ImplementationError`` (of
+    ``nsa_verify.core.registry``) for what nobody registered, ``ValueError`` for an executor that is unknown or not of
+    that device.
     """
     from nsa_verify.device.judge import verify as judge
 
@@ -51,6 +53,7 @@ __all__ = [
     "SlotKind",
     "Verdict",
     "__version__",
+    "fallback",
     "implementation",
     "oracle",
     "verify",

@@ -23,9 +23,16 @@ class Code(StrEnum):
     GUARD_WRITTEN = "NV201"
     FRAME_WRITTEN = "NV202"
     INPUT_MUTATED = "NV203"
+    ILLEGAL_IN_CAPTURE = "NV301"
+    FROZEN = "NV302"
+    MOVED = "NV303"
+    OTHER_STREAM = "NV304"
+    NEEDS_SYNC = "NV305"
     EXCEPTION = "NV403"
     NOT_DETERMINISTIC = "NV501"
     NOT_IDEMPOTENT = "NV502"
+    RECOMPILES = "NV503"
+    SILENT_FALLBACK = "NV504"
 
 
 class Explanation(NamedTuple):
@@ -91,6 +98,46 @@ EXPLANATIONS: Final[dict[Code, Explanation]] = {
         "An in-place += of the draft tokens, a clamp_ on the input, a workspace that aliases an input.",
         "Compute into a buffer of your own; the engine reads its inputs again.",
     ),
+    Code.ILLEGAL_IN_CAPTURE: Explanation(
+        "illegal while a graph is captured",
+        "Inside the captured region the implementation did what CUDA refuses there: it read device data on the host,"
+        " copied from pageable host memory, or used an operation whose output shape depends on data.",
+        ".item(), .tolist(), .cpu(), int() or bool() of a tensor, a boolean mask, nonzero, repeat_interleave without"
+        " output_size, torch.tensor(list, device=...), autotuning; often in the branch of one mode only.",
+        "Keep the value on the device and bound the work by what is known at capture (the bucket, N, W); or declare the"
+        " mode as not capturable.",
+    ),
+    Code.FROZEN: Explanation(
+        "a host value is frozen in the graph",
+        "Called eagerly the implementation is right; the graph that was captured from it, with lengths at their fill"
+        " value, gives something else when it is replayed.",
+        "A maximum, a total, a grid or a branch computed on the host at capture (often from seq_lens_cpu), or refresh()"
+        " relying on code that runs at every call: under replay only the captured device work runs.",
+        "Compute on the device whatever depends on the batch, or bound it by the largest value that the graph may see.",
+    ),
+    Code.MOVED: Explanation(
+        "a pointer moved, or memory that a graph uses was freed",
+        "A buffer that was handed to the implementation no longer lies where it lay, or the captured graph reads or"
+        " writes memory that was given back after the capture and now belongs to somebody else.",
+        "A workspace or cache that is allocated anew when a larger batch is prepared, after an earlier graph has"
+        " captured the old one; a buffer replaced (set_, resize_, .data =) where it should be written.",
+        "Allocate workspaces once, for the largest bucket, before the first capture, and keep them; write buffers in"
+        " place.",
+    ),
+    Code.OTHER_STREAM: Explanation(
+        "work on another stream than the capturing one",
+        "During the capture something ran on another stream: it is not part of the graph (and ran at once), or makes"
+        " the graph depend on a second stream.",
+        "A kernel launched on the default stream by an extension or a raw pointer; a side stream for copies.",
+        "Launch on torch.cuda.current_stream().",
+    ),
+    Code.NEEDS_SYNC: Explanation(
+        "waits for the device inside the captured region",
+        "The implementation synchronises the device, a stream or an event while it is captured; a graph cannot wait"
+        " for the host.",
+        "torch.cuda.synchronize() or event.synchronize() left over from debugging, or before a host read.",
+        "Take the synchronisation out; order device work by streams and events alone.",
+    ),
     Code.EXCEPTION: Explanation(
         "the implementation raised an exception",
         "refresh() did not return. The message and the innermost line of the implementation are shown.",
@@ -110,12 +157,34 @@ EXPLANATIONS: Final[dict[Code, Explanation]] = {
         "The result is accumulated onto what the buffer held, or a buffer is used as input and output.",
         "Compute every output from the inputs alone.",
     ),
+    Code.RECOMPILES: Explanation(
+        "recompiles as batches vary",
+        "Two replays of one setup and mode launch the same Triton kernel with different compile-time constants, so"
+        " kernels are compiled while the engine serves. (Between buckets, powers of two are taken for rounding up.)",
+        "A length, a row count or a batch size declared tl.constexpr, or computed into num_warps, num_stages or a"
+        " block size.",
+        "Pass what varies as a plain argument (do_not_specialize where its value must not matter), and let constants"
+        " depend on the setup alone.",
+    ),
+    Code.SILENT_FALLBACK: Explanation(
+        "a fallback was taken silently",
+        "An operation or a kernel launch raised an error, refresh() went on as if nothing had happened, and nobody was"
+        " told.",
+        "try/except around the fast path, with a slow path or nothing behind it: the launch that always fails is never"
+        " noticed, and old output is kept or the speed is lost.",
+        "Let the error out, or say so: nsa_verify.fallback(reason) counts the fallback and the report shows it.",
+    ),
 }
 
 SEVERITY: Final = (
     Code.NOT_DETERMINISTIC,
     Code.NOT_IDEMPOTENT,
     Code.EXCEPTION,
+    Code.ILLEGAL_IN_CAPTURE,
+    Code.NEEDS_SYNC,
+    Code.OTHER_STREAM,
+    Code.MOVED,
+    Code.FROZEN,
     Code.INPUT_MUTATED,
     Code.GUARD_WRITTEN,
     Code.FRAME_WRITTEN,
@@ -123,6 +192,8 @@ SEVERITY: Final = (
     Code.POISON,
     Code.STALE,
     Code.WRONG_VALUE,
+    Code.RECOMPILES,
+    Code.SILENT_FALLBACK,
 )
 """The order in which the findings of one verdict are listed; the first names the bug."""
 
@@ -192,7 +263,9 @@ class Verdict(Struct, frozen=True, kw_only=True):
 
     ``findings`` are those of the first replay that disagrees, gravest first; later replays start from memory that is
     already wrong and are not judged. ``modes`` are those of the replays that were run; replays that the implementation
-    does not declare are left out. ``reason`` says why it is unknown or not applicable.
+    does not declare are left out. ``reason`` says why it is unknown or not applicable. ``fallbacks`` are the reasons
+    that the implementation reported with ``nsa_verify.fallback``; ``compile_keys`` name what Triton compiles, or would
+    compile, for the launches of an eager run: kernel and specialisation.
     """
 
     implementation: str
@@ -201,6 +274,8 @@ class Verdict(Struct, frozen=True, kw_only=True):
     modes: tuple[Mode, ...] = ()
     findings: tuple[Finding, ...] = ()
     reason: str = ""
+    fallbacks: tuple[str, ...] = ()
+    compile_keys: frozenset[str] = frozenset()
 
     @property
     def primary(self) -> Finding | None:

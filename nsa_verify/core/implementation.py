@@ -5,6 +5,7 @@ Nothing here imports torch; tensors appear in annotations only.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -175,6 +176,31 @@ def _graph_modes(name: str, capturable: bool | Collection[Mode], declared: froze
     if undeclared := modes - declared:
         raise ValueError(f"implementation {name!r}: capturable in {min(undeclared)}, which it does not declare")
     return modes
+
+
+_fallbacks: deque[str] = deque(maxlen=256)
+"""Bounded, since nobody takes them where an implementation runs in service."""
+
+
+def fallback(reason: str) -> None:
+    """Report, from inside ``refresh``, that the fast path was not taken, and why.
+
+    A reported fallback is counted and shown, and is no fault; an error that an implementation swallows without this is
+    a finding (NV504).
+    """
+    _fallbacks.append(reason)
+
+
+def reported_fallbacks() -> int:
+    """How many fallbacks wait to be taken."""
+    return len(_fallbacks)
+
+
+def take_fallbacks() -> tuple[str, ...]:
+    """The reasons reported in this process since this was asked last, in order."""
+    taken = tuple(_fallbacks)
+    _fallbacks.clear()
+    return taken
 
 
 def registered() -> dict[str, Implementation]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import torch
 from msgspec.structs import replace
@@ -16,16 +17,20 @@ from torch import Tensor
 
 from nsa_verify.core.case import Case
 from nsa_verify.core.findings import SEVERITY, Code, Finding, Outcome, Verdict
-from nsa_verify.core.implementation import Implementation, Refresh
+from nsa_verify.core.implementation import Implementation, Refresh, take_fallbacks
 from nsa_verify.core.invariants import content_of, violations
 from nsa_verify.core.oracle import expect
 from nsa_verify.core.registry import find
+from nsa_verify.device.blame import line_of
 from nsa_verify.device.diagnosis import Snapshot, diagnose
-from nsa_verify.device.executors import EXECUTORS, Executor, ImplementationRaised, session
+from nsa_verify.device.driving import Executor, Note
+from nsa_verify.device.eager import EagerSession
+from nsa_verify.device.executors import EAGER, executors_for
 from nsa_verify.device.images import ImageKey, is_allowed, paint
 from nsa_verify.device.pool import Difference
 from nsa_verify.device.rig import rig_for
-from nsa_verify.device.select import resolve
+from nsa_verify.device.select import DeviceError, resolve
+from nsa_verify.device.stops import CaptureRefused, ImplementationRaised, Stop
 
 RERUNS = 2
 """How often a case that disagrees is run again to see whether it does so every time."""
@@ -38,21 +43,34 @@ def verify(
     chosen = resolve(device)
     if not isinstance(implementation, Implementation):
         implementation = find(implementation)
-    if executor not in EXECUTORS:
-        raise ValueError(f"executor {executor!r}: must be one of {', '.join(EXECUTORS)}")
-    return Judge(case, chosen).judge(implementation, EXECUTORS[executor])
+    try:
+        (driver,) = executors_for(chosen, (executor,))
+    except DeviceError as error:
+        raise ValueError(str(error)) from error
+    return Judge(case, chosen).judge(implementation, driver)
 
 
 @dataclass(slots=True)
 class _Run:
-    """What running the replays left. ``served`` are the replays that were run, in order; after the last of them comes
-    one repeated call. ``snapshots`` holds the arena before the first and after every call."""
+    """What running the replays left. ``wanted`` are the replays to run, ``served`` those that were, in order; after the
+    last of them comes one repeated call. ``snapshots`` holds the arena before the first and after every call."""
 
+    wanted: tuple[int, ...]
     served: list[int]
     snapshots: list[Tensor]
     pool_mutated: list[Tensor] = field(default_factory=list)
     host_differences: list[Difference | None] = field(default_factory=list)
-    raised: BaseException | None = None
+    stop: Stop | None = None
+    """What ended the run at its last call; where a graph could not be captured, that call was never made."""
+    notes: list[Note] = field(default_factory=list)
+    fallbacks: tuple[str, ...] = ()
+    compile_keys: frozenset[str] = frozenset()
+
+    @property
+    def trouble(self) -> tuple[object, ...]:
+        """What besides content is wrong: equal for runs that end alike."""
+        said = (type(self.stop), len(self.served)) if self.stop is not None else ()
+        return said, tuple((note.code, note.call) for note in self.notes)
 
 
 class Judge:
@@ -67,13 +85,14 @@ class Judge:
         except Exception as error:  # noqa: BLE001 - every verdict on the case is unknown and says why
             self._own_fault = _fault(error)
 
-    def judge(self, implementation: Implementation, executor: Executor, repeat: bool = True) -> Verdict:
+    def judge(self, implementation: Implementation, executor: Executor, thorough: bool = True) -> Verdict:
         """The verdict. A fault of the checker itself is ``unknown``, never ``agree``.
 
-        With ``repeat`` the last replay is served twice, and must leave the same again.
+        If ``thorough``, the last replay is served twice, and must leave the same again; and on CUDA eager calls run
+        behind a long kernel.
         """
         setup = self.case.setup
-        reasons = [implementation.not_applicable(setup, replay.mode) for replay in self.case.replays]
+        reasons = [executor.not_applicable(implementation, setup, replay.mode) for replay in self.case.replays]
         served = [index for index, reason in enumerate(reasons) if reason is None]
         said = Verdict(implementation=implementation.name, executor=executor.name, outcome=Outcome.NOT_APPLICABLE)
         if not served:
@@ -82,11 +101,18 @@ class Judge:
             return replace(said, outcome=Outcome.UNKNOWN, reason=self._own_fault)
         modes = tuple(dict.fromkeys(self.case.replays[index].mode for index in served))
         try:
-            findings = self._findings(implementation, executor, served, repeat)
+            run = self._run(implementation, executor, served, thorough)
+            findings = self._findings(implementation, executor, run, thorough)
         except Exception as error:  # noqa: BLE001 - whatever fails here, the verdict is unknown and says why
             return replace(said, outcome=Outcome.UNKNOWN, modes=modes, reason=_fault(error))
-        outcome = Outcome.DISAGREE if findings else Outcome.AGREE
-        return replace(said, outcome=outcome, modes=modes, findings=tuple(findings))
+        return replace(
+            said,
+            outcome=Outcome.DISAGREE if findings else Outcome.AGREE,
+            modes=modes,
+            findings=tuple(findings),
+            fallbacks=run.fallbacks,
+            compile_keys=run.compile_keys,
+        )
 
     def _check_oracle(self) -> str:
         for replay in range(len(self.case.replays)):
@@ -94,45 +120,81 @@ class Judge:
                 return f"the oracle breaks its own invariant: {broken.buffer}: {broken.sentence}"
         return ""
 
-    def _findings(
-        self, implementation: Implementation, executor: Executor, served: list[int], repeat: bool
-    ) -> list[Finding]:
-        run = self._run(implementation, executor, served, repeat)
+    def _findings(self, implementation: Implementation, executor: Executor, run: _Run, thorough: bool) -> list[Finding]:
         failing, wrong = self._compare(implementation, run)
-        if failing is None and run.raised is None:
+        if failing is None and run.stop is None and not run.notes:
             return []
+        served = list(dict.fromkeys(run.wanted))
         findings = self._describe(implementation, executor, run, failing)
+        if self._is_frozen(implementation, executor, findings[0], served, thorough):
+            message = f"called eagerly it agrees, replayed from the graph not: {findings[0].message}"
+            findings = [replace(findings[0], code=Code.FROZEN, message=message), *findings]
         for rerun in range(1, RERUNS + 1):
-            again = self._run(implementation, executor, served, repeat)
+            again = self._run(implementation, executor, served, thorough)
             failing_again, wrong_again = self._compare(implementation, again)
-            raised = (type(run.raised), len(run.served)), (type(again.raised), len(again.served))
-            if failing_again != failing or wrong_again != wrong or raised[0] != raised[1]:
-                seen = "agreed" if failing_again is None and again.raised is None else "disagreed elsewhere"
+            if failing_again != failing or wrong_again != wrong or again.trouble != run.trouble:
+                agreed = failing_again is None and again.stop is None and not again.notes
+                seen = "agreed" if agreed else "disagreed elsewhere"
                 first = findings[0]
                 message = f"run 1: {first.code} {first.message}; run {rerun + 1} {seen}"
                 return [replace(first, code=Code.NOT_DETERMINISTIC, message=message), *findings]
         return findings
 
-    def _run(self, implementation: Implementation, executor: Executor, served: list[int], repeat: bool) -> _Run:
+    def _is_frozen(
+        self, implementation: Implementation, executor: Executor, first: Finding, served: list[int], thorough: bool
+    ) -> bool:
+        """Whether wrong content comes from the graph alone."""
+        if executor is EAGER or first.code not in _CONTENT:
+            return False
+        eager = self._run(implementation, EAGER, served, thorough)
+        return eager.stop is None and self._compare(implementation, eager)[0] is None
+
+    def _run(self, implementation: Implementation, executor: Executor, served: list[int], thorough: bool) -> _Run:
         rig, case = self.rig, self.case
-        rig.reset()
-        run = _Run(served=[], snapshots=[rig.arena.clone()])
+        keys = tuple(dict.fromkeys((case.replays[replay].mode, case.bucket(replay)) for replay in served))
+        try:
+            opened = rig.session(
+                (executor.name, implementation, keys), lambda: executor.open(rig, implementation, keys)
+            )
+        except (ImplementationRaised, CaptureRefused) as stop:
+            return self._never_ran(stop, served)
         values, _ = self._image(implementation)
-        calls = [*served, *served[-1:]] if repeat else served
-        with session(executor, rig, implementation) as opened:
-            for number, replay in enumerate(calls):
-                if number < len(served):
-                    rig.load(case, replay, values[replay])
-                try:
-                    opened.replay(case.replays[replay].mode, case.bucket(replay))
-                except ImplementationRaised as caught:
-                    run.raised = caught.error
-                run.served.append(replay)
-                run.snapshots.append(rig.arena.clone())
-                run.pool_mutated.append(rig.pool.mutated())
-                run.host_differences.append(rig.host_difference(case, replay))
-                if run.raised is not None:
-                    break
+        rig.reset()
+        run = _Run(wanted=tuple(served), served=[], snapshots=[rig.arena.clone()])
+        opened.begin()
+        if isinstance(opened, EagerSession):
+            opened.delay = thorough
+        for number, replay in enumerate([*served, *served[-1:]] if thorough else served):
+            if number < len(served):
+                rig.load(case, replay, values[replay])
+            try:
+                opened.replay(case.replays[replay].mode, case.bucket(replay))
+            except (ImplementationRaised, CaptureRefused) as stop:
+                run.stop = stop
+            self._keep(run, replay)
+            if run.stop is not None:
+                break
+        run.notes = opened.end()
+        run.fallbacks = take_fallbacks()
+        if isinstance(opened, EagerSession):
+            run.compile_keys = frozenset(str(key) for it in opened.served for key in it.keys)
+        return run
+
+    def _keep(self, run: _Run, replay: int) -> None:
+        """Keep what the call for ``replay`` left."""
+        run.served.append(replay)
+        run.snapshots.append(self.rig.arena.clone())
+        run.pool_mutated.append(self.rig.pool.mutated())
+        run.host_differences.append(self.rig.host_difference(self.case, replay))
+
+    def _never_ran(self, stop: Stop, served: list[int]) -> _Run:
+        """A run that ended while a graph was captured: at the first replay which that graph was to serve."""
+        case, rig = self.case, self.rig
+        at = next(it for it in served if (case.replays[it].mode, case.bucket(it)) == stop.while_capturing)
+        rig.reset()
+        run = _Run(wanted=tuple(served), served=[], snapshots=[rig.arena.clone()], stop=stop)
+        rig.load(case, at, rig.initial)
+        self._keep(run, at)
         return run
 
     def _image(self, implementation: Implementation) -> tuple[Tensor, Tensor]:
@@ -156,7 +218,7 @@ class Judge:
         allowed = is_allowed(after, before, wanted, region)
         bad = ~allowed
         marks = (bad.any(dim=1) | torch.stack(run.pool_mutated)).tolist()
-        raised_at = len(run.served) - 1 if run.raised is not None else None
+        raised_at = len(run.served) - 1 if run.stop is not None else None
         for call, marked in enumerate(marks):
             if call != raised_at and (marked or run.host_differences[call]):
                 cells = bad[call].nonzero().flatten()
@@ -167,9 +229,16 @@ class Judge:
     def _describe(
         self, implementation: Implementation, executor: Executor, run: _Run, failing: int | None
     ) -> list[Finding]:
-        if failing is None:
-            replay = run.served[-1]
-            return [self._exception(implementation, executor, run, replay)]
+        findings = [] if failing is None else self._content(implementation, executor, run, failing)
+        if failing is None and run.stop is not None:
+            findings.append(self._stopped(implementation, executor, run, run.stop))
+        for note in run.notes:
+            replay = run.served[note.call]
+            blank = self._blank(implementation, executor, note.code, replay)
+            findings.append(replace(blank, message=note.sentence))
+        return sorted(findings, key=lambda finding: SEVERITY.index(finding.code))
+
+    def _content(self, implementation: Implementation, executor: Executor, run: _Run, failing: int) -> list[Finding]:
         replay = run.served[failing]
         values, classes = self._image(implementation)
         snapshot = Snapshot(
@@ -202,33 +271,45 @@ class Judge:
             return None
         calls = run.served[: failing + 1]
         served = list(dict.fromkeys(calls))
-        self._run(implementation, executor, served, repeat=len(served) < len(calls))
+        self._run(implementation, executor, served, thorough=len(served) < len(calls))
         return self.rig.pool.difference() or Difference((), 0, 0, 1)
 
     def _alone(self, implementation: Implementation, executor: Executor, replay: int) -> Tensor | None:
         """The arena after ``replay`` alone, from poison: tells what is stale from what would be wrong anyway."""
-        run = self._run(implementation, executor, [replay], repeat=False)
-        return None if run.raised is not None else run.snapshots[-1].cpu()
+        run = self._run(implementation, executor, [replay], thorough=False)
+        return None if run.stop is not None else run.snapshots[-1].cpu()
 
-    def _exception(self, implementation: Implementation, executor: Executor, run: _Run, replay: int) -> Finding:
-        error = run.raised
-        assert error is not None
-        source = implementation.source.rpartition(":")[0]
-        frames = traceback.extract_tb(error.__traceback__)
-        frame = next((frame for frame in reversed(frames) if frame.filename == source), frames[-1])
+    def _stopped(self, implementation: Implementation, executor: Executor, run: _Run, stop: Stop) -> Finding:
+        """The finding for what ended the run."""
+        replay = run.served[-1]
+        during = ""
+        if stop.while_capturing is not None:
+            mode, bucket = stop.while_capturing
+            during = f"while capturing ({mode}, bucket {bucket}): "
+        if isinstance(stop, CaptureRefused):
+            return replace(self._blank(implementation, executor, stop.code, replay), message=during + stop.sentence)
+        error = stop.error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
         # A compiler's message starts with the place and ends with what is wrong there.
         sentence = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
-        where = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+        where = line_of(error, implementation.source.rpartition(":")[0])
         second = len(run.served) > 1 and run.served[-2] == replay
-        return Finding(
-            implementation=implementation.name,
-            executor=executor.name,
-            code=Code.NOT_IDEMPOTENT if second else Code.EXCEPTION,
-            replay=replay,
-            mode=self.case.replays[replay].mode,
-            message=f"{type(error).__name__}: {sentence} ({where})" + (", on a second call" if second else ""),
-        )
+        code = Code.NOT_IDEMPOTENT if second else Code.EXCEPTION
+        message = f"{during}{type(error).__name__}: {sentence} ({where})" + (", on a second call" if second else "")
+        return replace(self._blank(implementation, executor, code, replay), message=message)
+
+    def _blank(self, implementation: Implementation, executor: Executor, code: Code, replay: int) -> Finding:
+        mode = self.case.replays[replay].mode
+        return Finding(implementation=implementation.name, executor=executor.name, code=code, replay=replay, mode=mode)
+
+
+_CONTENT: Final = frozenset(
+    {
+        *(Code.WRONG_VALUE, Code.STALE, Code.POISON, Code.INVARIANT),
+        *(Code.GUARD_WRITTEN, Code.FRAME_WRITTEN, Code.NOT_IDEMPOTENT),
+    }
+)
+"""What a value frozen in a graph can look like."""
 
 
 def _fault(error: Exception) -> str:

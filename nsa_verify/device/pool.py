@@ -63,6 +63,12 @@ class Pool:
             self._memory.copy_(self._image)
             self._content = content
 
+    def zero(self) -> None:
+        """Make the table hold zeros, as when graphs are captured."""
+        self._view(self._image).zero_()
+        self._memory.copy_(self._image)
+        self._content = None
+
     def mutated(self) -> Tensor:
         """A 0-d bool tensor on the device: whether the memory differs from what was filled in."""
         return (self._memory != self._image).any()

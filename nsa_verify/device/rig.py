@@ -6,7 +6,9 @@ depend on the case before it.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Final, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +20,20 @@ from nsa_verify.core.oracle import batch
 from nsa_verify.device.images import aliased_place, initial_image, tail_length
 from nsa_verify.device.layout import TWO_DIMENSIONAL, InputPlace, Place, arena_layout
 from nsa_verify.device.pool import Difference, Pool
+
+KEPT_RIGS: Final = 4
+KEPT_SESSIONS: Final = 8
+"""Sessions of one rig that are kept with their graphs: capturing is what costs."""
+
+
+class Closable(Protocol):
+    """What a rig keeps for whoever drives implementations over it."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+SessionT = TypeVar("SessionT", bound=Closable)
 
 
 class Rig:
@@ -34,6 +50,21 @@ class Rig:
         )
         self._buffers: dict[tuple[int, Mode, int, frozenset[str]], MetadataBuffers] = {}
         self._inputs: dict[tuple[Mode, int], ReplayInputs] = {}
+        self._sessions: OrderedDict[Hashable, Closable] = OrderedDict()
+
+    def session(self, key: Hashable, make: Callable[[], SessionT]) -> SessionT:
+        """The session kept under ``key``, made if there is none. What is kept is closed by the rig, oldest first."""
+        kept = self._sessions.pop(key, None)
+        session = make() if kept is None else cast("SessionT", kept)
+        self._sessions[key] = session
+        while len(self._sessions) > KEPT_SESSIONS:
+            self._sessions.popitem(last=False)[1].close()
+        return session
+
+    def close(self) -> None:
+        """Close the sessions; the rig may be used again."""
+        while self._sessions:
+            self._sessions.popitem()[1].close()
 
     def reset(self) -> None:
         """Poison everything again, and make new views: an implementation may have changed the shape of those it got."""
@@ -52,6 +83,30 @@ class Rig:
         self.pool.fill(case.replays[replay])
         if self.setup.host_lengths:
             self.host_seq_lens.copy_(self.host_image(case, replay))
+
+    def load_capture(self, mode: Mode, bucket: int) -> None:
+        """Put in place what an engine captures with: every length at its fill, pool rows and tables zero, all N tokens
+        accepted; the outputs as they are before the first replay."""
+        setup = self.setup
+        self.reset()
+        self.pool.zero()
+        alias = aliased_place(self.layout, mode, bucket)
+        inputs = [(self._all(name), value) for name, value in self._capture_inputs().items()]
+        if alias is not None:
+            inputs.append((self._flat(alias), setup.fill_seq_len))
+        for tensor, value in inputs:
+            tensor.fill_(value)
+        self.host_seq_lens.fill_(setup.fill_seq_len)
+
+    def moved(self, mode: Mode, bucket: int, writes: frozenset[str]) -> str | None:
+        """Which buffer no longer lies where it was handed out, in words, or None."""
+        for step, buffers in enumerate(self.steps(mode, bucket, writes)):
+            for name in shapes(self.setup, mode, bucket):
+                view = getattr(buffers, name)
+                place = self.layout.places[step, mode, bucket, name]
+                if view is not None and view.data_ptr() != self.arena.data_ptr() + 4 * place.offset:
+                    return f"step {step}'s {name} was moved to other memory, where it should be written in place"
+        return None
 
     def host_image(self, case: Case, replay: int) -> Tensor:
         """What ``seq_lens_cpu``'s whole memory must hold: the lengths, then what ``seq_lens`` has past the bucket."""
@@ -80,6 +135,14 @@ class Rig:
     def steps(self, mode: Mode, bucket: int, writes: frozenset[str]) -> tuple[MetadataBuffers, ...]:
         """The buffers of every step; of the optional outputs those in ``writes``."""
         return tuple(self._step(step, mode, bucket, writes) for step in range(self.setup.num_steps))
+
+    def _capture_inputs(self) -> dict[str, int]:
+        setup = self.setup
+        return {"seq_lens": setup.fill_seq_len, "req_pool_indices": 0, "accept_lens": setup.num_draft_tokens}
+
+    def _all(self, name: str) -> Tensor:
+        place = self.layout.inputs[name]
+        return self._input(place, place.capacity)
 
     def _make_inputs(self, mode: Mode, bucket: int) -> ReplayInputs:
         setup, places = self.setup, self.layout.inputs
@@ -123,7 +186,19 @@ class Rig:
         return self.arena[place.offset : place.offset + place.columns]
 
 
-@lru_cache(maxsize=4)
+_RIGS: OrderedDict[tuple[Setup, str], Rig] = OrderedDict()
+
+
 def rig_for(setup: Setup, device: str) -> Rig:
-    """The rig of ``setup`` on ``device``, cached."""
-    return Rig(setup, device)
+    """The rig of ``setup`` on ``device``; the last few are kept, and closed when others take their place."""
+    rig = _RIGS.pop((setup, device), None) or Rig(setup, device)
+    _RIGS[setup, device] = rig
+    while len(_RIGS) > KEPT_RIGS:
+        _RIGS.popitem(last=False)[1].close()
+    return rig
+
+
+def close_rigs() -> None:
+    """Close every rig that is kept, and with it its graphs."""
+    while _RIGS:
+        _RIGS.popitem()[1].close()

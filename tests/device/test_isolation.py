@@ -14,7 +14,7 @@ from helpers import draw_many
 from nsa_verify import Case, Code, Implementation, Mode, Outcome, Replay, ReplayInputs, Request, Setup, Verdict, verify
 from nsa_verify.core.oracle import Expectation, Row, expect
 from nsa_verify.device import judge
-from nsa_verify.device.rig import Rig, rig_for
+from nsa_verify.device.rig import Rig, close_rigs, rig_for
 from nsa_verify.device.select import resolve
 from nsa_verify.strategies import replays
 
@@ -77,7 +77,7 @@ def _jobs_judged_alone() -> list[tuple[Case, str, Verdict]]:
     for drawn in draw_many(replays(SETUP), 12, seeded=7):
         case = Case(SETUP, drawn)
         for name, implementation in SUBJECTS.items():
-            rig_for.cache_clear()
+            close_rigs()
             judged.append((case, name, verify(case, implementation)))
     return judged
 
@@ -86,7 +86,7 @@ def _jobs_judged_alone() -> list[tuple[Case, str, Verdict]]:
 def test_a_verdict_does_not_depend_on_those_before_it(order: int) -> None:
     shuffled = _jobs_judged_alone().copy()
     random.Random(order).shuffle(shuffled)
-    rig_for.cache_clear()
+    close_rigs()
     for case, name, alone in shuffled:
         assert verify(case, SUBJECTS[name]) == alone, name
 

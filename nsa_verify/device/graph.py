@@ -1,0 +1,280 @@
+"""``graph``: captured CUDA graphs, replayed."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from nsa_verify.core.case import Mode, Setup
+from nsa_verify.core.findings import Code
+from nsa_verify.core.implementation import Implementation
+from nsa_verify.device.blame import line_now, line_of
+from nsa_verify.device.driving import Note, call, capturable, while_capturing
+from nsa_verify.device.launches import Launch, intercepted
+from nsa_verify.device.memory import Memory, tensors_in
+from nsa_verify.device.rig import Rig
+from nsa_verify.device.rules import fresh
+from nsa_verify.device.stops import CaptureRefused, GraphKey, ImplementationRaised
+from nsa_verify.device.temporaries import TEMPORARY_POISON, WatchedCalls
+
+WARM_UPS: Final = 2
+"""Eager calls before a capture, as engines make them."""
+BLOCK_SIZES: Final = tuple(512 << power for power in range(0, 13, 2))
+"""Bytes of the unrelated allocations that are scribbled on: one for each of the allocator's classes of small blocks."""
+BLOCKS_OF_A_SIZE: Final = 4
+ALLOCATION_UNIT: Final = 512
+"""Bytes that torch's allocator rounds up to."""
+SCRIBBLE: Final = TEMPORARY_POISON + 1
+
+
+class CapturedGraph:
+    """A CUDA graph with an owner, who must close it: destroying one while another is captured breaks that capture.
+
+    ``open_graphs`` counts those that are not closed.
+    """
+
+    open_graphs = 0
+
+    def __init__(self) -> None:
+        self.raw: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+        CapturedGraph.open_graphs += 1
+
+    def close(self) -> None:
+        """Destroy the graph now."""
+        if self.raw is not None:
+            self.raw.reset()
+            self.raw = None
+            CapturedGraph.open_graphs -= 1
+
+    def __del__(self) -> None:
+        if self.raw is not None:
+            warnings.warn("a CUDA graph was not closed by its owner", ResourceWarning, stacklevel=2)
+
+
+class Watch(TorchDispatchMode):
+    """Sees what a region does while it is captured: whose memory it uses, and on which stream."""
+
+    def __init__(self, memory: Memory, source: str) -> None:
+        super().__init__()
+        self._memory, self._source = memory, source
+        self._stream = torch.cuda.current_stream()
+        self.elsewhere: str | None = None
+        """What worked on another stream first."""
+        self.own: dict[int, int] = {}
+        """Address and bytes of the memory that was allocated inside the region."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Where torch asks this, it need not import its compiler (1.5 s) for a mode that never meets compiled code.
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        used = [*tensors_in(args), *tensors_in(kwargs)]
+        self._note(str(func), used)
+        result = func(*args, **(kwargs or {}))
+        for tensor in [] if func.is_view else fresh(result, used):
+            if tensor is not None and tensor.is_cuda:
+                self._memory.add_own(tensor)
+                storage = tensor.untyped_storage()
+                self.own[storage.data_ptr()] = storage.nbytes()
+        return result
+
+    def launch(self, it: Launch) -> Any:
+        """Note a launch, and let it happen."""
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            self._note(f"the kernel {it.name}", [*tensors_in(it.args), *tensors_in(it.kwargs)])
+            return it.run(it.kernel, *it.args, **it.kwargs)
+
+    def _note(self, what: str, used: Sequence[Tensor]) -> None:
+        line = line_now(self._source)
+        if self.elsewhere is None and torch.cuda.current_stream() != self._stream:
+            self.elsewhere = f"{what} works on another stream than the capturing one ({line})"
+        self._memory.use([tensor for tensor in used if tensor.is_cuda], line)
+
+
+class _Captured:
+    """The graph of one key, and what it uses."""
+
+    def __init__(self, graph: CapturedGraph, memory: Memory, own: dict[int, int]) -> None:
+        self.graph, self.memory = graph, memory
+        self._own = list(_stretches(own))
+
+    def scribble(self) -> None:
+        """Poison the memory that the graph allocated for itself: between replays it belongs to anyone."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        for address, size in self._own:
+            storage = torch._C._construct_storage_from_data_pointer(address, device, size)
+            torch.empty(0, dtype=torch.int32, device=device).set_(storage, 0, (size // 4,), (1,)).fill_(
+                TEMPORARY_POISON
+            )
+
+    def replay(self) -> None:
+        """Launch the graph. Raises ``CaptureRefused`` if memory it uses was freed."""
+        self.memory.refuse_freed()
+        assert self.graph.raw is not None
+        self.graph.raw.replay()
+
+
+def _stretches(own: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """Address and size of the blocks behind the allocations ``own``, adjacent ones joined."""
+    start = end = 0
+    for address, size in sorted(own.items()):
+        block_end = address + -(-size // ALLOCATION_UNIT) * ALLOCATION_UNIT
+        if address > end:
+            if end > start:
+                yield start, end - start
+            start = address
+        end = max(end, block_end)
+    if end > start:
+        yield start, end - start
+
+
+class GraphSession:
+    """One captured graph per key, in one memory pool."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[GraphKey, _Captured] = {}
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._blocks: list[Tensor] = []
+        self._calls = 0
+
+    def capture(self, rig: Rig, implementation: Implementation, key: GraphKey) -> None:
+        """Warm up, and capture the graph of ``key`` on a stream of its own."""
+        source = implementation.source.rpartition(":")[0]
+        rig.load_capture(*key)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                call(rig, implementation, key, WatchedCalls(source))
+        torch.cuda.synchronize()
+        rig.load_capture(*key)
+        before = rig.arena.clone()
+        torch.cuda.synchronize()
+        self._graphs[key] = self._record(rig, implementation, key, source)
+        torch.cuda.synchronize()
+        if not torch.equal(rig.arena, before):
+            raise CaptureRefused(Code.OTHER_STREAM, "output was written while the graph was captured, outside of it")
+        moved = rig.moved(*key, implementation.writes(rig.setup))
+        if moved is not None:
+            raise CaptureRefused(Code.MOVED, moved)
+
+    def _record(self, rig: Rig, implementation: Implementation, key: GraphKey, source: str) -> _Captured:
+        memory = Memory(static=[rig.arena, rig.pool.table], on_cuda=True)
+        graph, watched, error = CapturedGraph(), WatchedCalls(source), None
+        assert graph.raw is not None
+        with _without_gc(), torch.cuda.stream(self._stream):
+            watch = Watch(memory, source)
+            graph.raw.capture_begin(pool=self._pool)
+            try:
+                with intercepted(watch.launch), watch:
+                    call(rig, implementation, key, watched)
+            except ImplementationRaised as raised:
+                error = raised.error
+            try:
+                graph.raw.capture_end()
+            except RuntimeError as invalid:
+                error = error or invalid
+        if error is None and watch.elsewhere is None:
+            return _Captured(graph, memory, watch.own)
+        graph.close()
+        if watch.elsewhere is not None:
+            raise CaptureRefused(Code.OTHER_STREAM, watch.elsewhere)
+        assert error is not None
+        raise _refusal(error, watched.errors, source)
+
+    def begin(self) -> None:
+        """Poison what the graphs allocated, and take and scribble on memory that was free when they were captured."""
+        for captured in self._graphs.values():
+            captured.scribble()
+        self._calls = 0
+        self._blocks = [
+            torch.full((size // 4,), SCRIBBLE, dtype=torch.int32, device="cuda")
+            for size in BLOCK_SIZES
+            for _ in range(BLOCKS_OF_A_SIZE)
+        ]
+
+    def replay(self, mode: Mode, bucket: int) -> None:
+        """Launch the graph of ``(mode, bucket)``."""
+        self._calls += 1
+        captured = self._graphs[mode, bucket]
+        captured.scribble()
+        captured.replay()
+
+    def end(self) -> list[Note]:
+        """Whether a graph wrote to memory that was handed out after its capture."""
+        blocks, self._blocks = self._blocks, []
+        changed = torch.stack([(block != SCRIBBLE).any() for block in blocks]).tolist()
+        if not any(changed):
+            return []
+        size = 4 * blocks[changed.index(True)].numel()
+        sentence = f"a graph wrote to memory that was freed after its capture and handed out again ({size} bytes)"
+        return [Note(Code.MOVED, self._calls - 1, sentence)]
+
+    def close(self) -> None:
+        """Destroy the graphs."""
+        self._blocks = []
+        for captured in self._graphs.values():
+            captured.graph.close()
+        self._graphs.clear()
+
+
+class Graph:
+    """Captures once per (mode, bucket) with the fill inputs, then replays the graph for every replay of the case."""
+
+    name = "graph"
+    device = "cuda"
+
+    def not_applicable(self, implementation: Implementation, setup: Setup, mode: Mode) -> str | None:
+        """What the implementation does not declare, capturability included."""
+        return capturable(implementation, setup, mode)
+
+    def open(self, rig: Rig, implementation: Implementation, keys: Sequence[GraphKey]) -> GraphSession:
+        """Warm up and capture every key."""
+        session = GraphSession()
+        try:
+            for key in keys:
+                with while_capturing(key):
+                    session.capture(rig, implementation, key)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+
+_STREAMS: Final = ("another stream", "legacy stream", "unjoined", "uncaptured work", "separate capture")
+
+
+def _refusal(error: BaseException, errors: Sequence[str], source: str) -> Exception:
+    """What ``error``, raised while a graph was captured, says; ``errors`` are those that torch raised, swallowed ones
+    included."""
+    said = " ".join(str(error).split("\n")[:1])
+    if "captur" not in str(error).lower():
+        return ImplementationRaised(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    first = errors[0] if errors else f"{said} ({line_of(error, source)})"
+    if any(words in str(error) for words in _STREAMS):
+        return CaptureRefused(Code.OTHER_STREAM, first)
+    if any(frame.name == "synchronize" for frame in frames) or first.startswith("synchronize "):
+        return CaptureRefused(Code.NEEDS_SYNC, first)
+    return CaptureRefused(Code.ILLEGAL_IN_CAPTURE, first)
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """Garbage that holds a graph must not be collected while another is captured."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,179 @@
+"""What CUDA refuses while a graph is captured, told from the calls alone, so that it can be told without a GPU.
+
+Two levels see a call: the functions of ``torch`` that an implementation calls (``CaptureFunctions``) and the operators
+they come down to (``check_operator``). The first knows what is lost further down: where a literal or a factory was
+asked to lie, and that ``tolist`` or ``numpy`` read memory without any operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NoReturn
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from nsa_verify.device.memory import Memory, tensors_in
+
+aten = torch.ops.aten
+
+Refuse = Callable[[str], NoReturn]
+"""Raises with this sentence."""
+
+_READS: Final = {
+    torch.Tensor.tolist: ".tolist()",
+    torch.Tensor.item: ".item()",
+    torch.Tensor.numpy: ".numpy()",
+    torch.Tensor.__array__: "numpy",
+    torch.Tensor.cpu: ".cpu()",
+    torch.Tensor.__bool__: "bool()",
+    torch.Tensor.__int__: "int()",
+    torch.Tensor.__float__: "float()",
+    torch.Tensor.__index__: "using it as a Python index",
+    torch.Tensor.__contains__: "in",
+}
+"""Functions that need a tensor's content on the host, and how a person writes them."""
+
+_LITERALS: Final = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor})
+"""Functions that make a tensor of Python data: on the host first, then copied to where it is asked for."""
+
+_FACTORIES: Final = frozenset(
+    getattr(torch, name)
+    for name in (
+        *("arange", "empty", "empty_strided", "empty_permuted", "eye", "full", "linspace", "logspace", "ones", "rand"),
+        *("randint", "randn", "randperm", "range", "scalar_tensor", "tril_indices", "triu_indices", "zeros"),
+    )
+)
+"""Functions that make a tensor on the host unless they are told a device."""
+
+_HOST_ONLY: Final = frozenset({torch.from_numpy, torch.frombuffer})
+
+
+class CaptureFunctions(TorchFunctionMode):
+    """The rules for functions. ``making_host`` is set while a factory makes a host tensor."""
+
+    def __init__(self, memory: Memory, refuse: Refuse) -> None:
+        super().__init__()
+        self._memory, self._refuse = memory, refuse
+        self.making_host = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _READS:
+            self._check_read(_READS[func], args[0])
+            result = func(*args, **kwargs)
+            self._memory.add_host(result)
+            return result
+        if func is torch.Tensor.to or func is torch.Tensor.cuda:
+            return self._move(func, args, kwargs)
+        if func in _LITERALS:
+            return self._make(func, args, kwargs)
+        if func in _HOST_ONLY:
+            result = func(*args, **kwargs)
+            self._memory.add_host(result)
+            return result
+        if func in _FACTORIES and not _on_device(kwargs.get("device")):
+            self.making_host = True
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.making_host = False
+        return func(*args, **kwargs)
+
+    def _check_read(self, how: str, tensor: Tensor) -> None:
+        if not self._memory.is_host(tensor):
+            self._refuse(f"{how} reads device data on the host")
+
+    def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor of Python data, or of another tensor: host memory, unless a device is asked for."""
+        method = func is torch.Tensor.new_tensor
+        data = args[1:2] if method else args[:1]
+        of_device = isinstance(data[0] if data else None, Tensor) and not self._memory.is_host(data[0])
+        asked = _on_device(kwargs.get("device")) or (method and not self._memory.is_host(args[0]))
+        if of_device and kwargs.get("device") == "cpu" and not asked:
+            self._refuse(f"{func.__name__}() reads device data on the host")
+        if of_device:
+            return func(*args, **kwargs)
+        if asked:
+            self._refuse(f"{func.__name__}() of host data copies from pageable host memory to the device")
+        result = func(*args, **kwargs)
+        self._memory.add_host(result)
+        return result
+
+    def _move(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """``to`` and ``cuda``: between the host and the device they copy, and wait or use pageable memory."""
+        tensor, targets = args[0], [*args[1:], *kwargs.values()]
+        on_host = self._memory.is_host(tensor)
+        for target in targets:
+            if target == "cpu" and not on_host:
+                self._refuse('.to("cpu") reads device data on the host')
+            to_device = isinstance(target, torch.device) or (isinstance(target, str) and target != "cpu")
+            to_device = to_device or (isinstance(target, Tensor) and not self._memory.is_host(target))
+            if on_host and to_device:
+                self._refuse(f".{func.__name__}() copies from pageable host memory to the device")
+            if isinstance(target, Tensor) and self._memory.is_host(target) and not on_host:
+                self._refuse(".to() of a host tensor's device reads device data on the host")
+        return func(*args, **kwargs)
+
+
+def _on_device(device: Any) -> bool:
+    """Whether a factory was told to make its tensor on the device.
+
+    On the CPU both are the CPU: ``tensor.device`` is taken for the device, ``"cpu"`` in words for the host.
+    """
+    return isinstance(device, torch.device) or (device is not None and device != "cpu")
+
+
+_MASKABLE: Final = frozenset({aten.index.Tensor})
+_MASKED_PUTS: Final = frozenset(
+    {aten.index_put_.default, aten.index_put.default, aten._unsafe_index_put.default, aten._index_put_impl_.default}
+)
+_NAMES: Final = {
+    aten._local_scalar_dense.default: ".item()",
+    aten.nonzero.default: "nonzero",
+    aten.masked_select.default: "masked_select",
+    aten.repeat_interleave.Tensor: "repeat_interleave without output_size",
+    aten.equal.default: "torch.equal",
+}
+
+
+def check_operator(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], host: Sequence[Tensor], memory: Memory, refuse: Refuse
+) -> None:
+    """Refuse the operator ``func`` where CUDA would. At least one of its tensors is on the device; ``host`` are those
+    that are not. A 0-d host tensor is passed by value."""
+    name = _NAMES.get(func, str(func))
+    if torch.Tag.data_dependent_output in func.tags:
+        refuse(f"{name} reads device data on the host")
+    if func in _MASKABLE:
+        if any(_is_mask(index) for index in args[1]):
+            refuse("indexing with a boolean mask: the shape of the result depends on data")
+    elif func in _MASKED_PUTS:
+        masks = [index for index in args[1] if _is_mask(index)]
+        by_value = args[2].numel() == 1 and memory.is_host(args[2])
+        if masks and not (len(masks) == 1 and by_value):
+            refuse("assigning through a boolean mask: the number of elements depends on data")
+    elif torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None:
+        refuse(f"{name}: the shape of the result depends on data")
+    if func.overloadpacket is aten.copy_:
+        target, source = args[0], args[1]
+        if memory.is_host(target):
+            refuse("copy_() into host memory waits for the device")
+        if memory.is_host(source):
+            refuse("copy_() copies from pageable host memory to the device")
+    elif any(tensor.dim() > 0 for tensor in host):
+        refuse(f"{name} mixes a host tensor with device tensors")
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def fresh(outputs: Any, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """The tensors of ``outputs`` that lie in memory of their own; None in place of those that are inputs or views."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor.numel()}
+    return [
+        None if tensor.numel() and tensor.untyped_storage().data_ptr() in taken else tensor
+        for tensor in tensors_in(outputs)
+    ]
