@@ -22,6 +22,7 @@ BUILTIN_MODULES: Final[tuple[str, ...]] = (
     "nsa_verify.kernels.triton_fused",
     "nsa_verify.kernels.triton_inplace",
     "nsa_verify.kernels.precomputed_copy",
+    "nsa_verify.kernels.precomputed_batched_copy",
 )
 """The modules whose import registers the built-in implementations, in the order of the matrix."""
 

@@ -3,6 +3,11 @@
 Contract section 6, form 2, with individual copies. The page-table transform takes its strided columns from one cached
 ``arange`` per device; what is cached is the plain ``0, 1, 2, ...``, which the page size and the width only slice, so a
 change of either cannot find a stale entry.
+
+The graph form, for the uniform modes: a captured region may freeze no host value, so there the tables are copied to
+their full width instead of to the batch's maximum. Nor does it share the cache: a graph would keep the address of an
+``arange`` that is replaced when it grows, and what it allocates itself holds nothing until it is replayed. Ragged
+DRAFT_EXTEND cannot be captured, because its number of rows, R, is read on the host and is the shape of what is computed.
 """
 
 from __future__ import annotations
@@ -24,7 +29,8 @@ class PrecomputedMetadata:
 
     ``cache_seqlens`` ``[B]``; ``cu_seqlens_k`` ``[B+1]``; ``page_indices`` ``[R, max_len]``; ``real_page_table``
     ``[R, ceil(max_len/p)]``, or None where p = 1; ``seqlens_expanded`` and ``nsa_cache_seqlens`` ``[R]``;
-    ``nsa_cu_seqlens_k`` ``[R+1]``. ``max_seqlen_k`` is the longest KV length, ``max_len`` the same clipped to W.
+    ``nsa_cu_seqlens_k`` ``[R+1]``. ``max_seqlen_k`` is the longest KV length, or under capture the longest that a row of
+    ``req_to_token`` holds; ``max_len`` is the same clipped to W.
     """
 
     cache_seqlens: Tensor
@@ -39,9 +45,14 @@ class PrecomputedMetadata:
     max_seqlen_k: int
 
 
-@implementation("precomputed-copy", extent=Extent.MAX, capturable=False, optional_outputs=OPTIONAL_OUTPUTS)
+@implementation(
+    "precomputed-copy",
+    extent=Extent.FULL,
+    capturable={Mode.DECODE, Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND_V2},
+    optional_outputs=OPTIONAL_OUTPUTS,
+)
 def refresh(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup) -> None:
-    """Compute once and copy into every step; the maximum is read on the host, so it cannot be captured."""
+    """Compute once and copy into every step. Reads the maximum on the host unless captured, and R in ragged batches."""
     precomputed = precompute(inputs, setup)
     own_ctx_lens = setup.ctx_lens is CtxLens.OWN and inputs.mode is Mode.TARGET_VERIFY
     schedule = None
@@ -61,17 +72,22 @@ def precompute(inputs: ReplayInputs, setup: Setup) -> PrecomputedMetadata:
     batch_size, mode, tokens = inputs.batch_size, inputs.mode, setup.num_draft_tokens
     added = tokens if mode is Mode.TARGET_VERIFY else 0
     cache_seqlens = (inputs.seq_lens[:batch_size] + added).to(torch.int32)
-    lengths = cache_seqlens if inputs.seq_lens_cpu is None else inputs.seq_lens_cpu[:batch_size] + added
-    max_seqlen_k = int(lengths.max())
+    capturing = _is_capturing()
+    if capturing:
+        max_seqlen_k = inputs.req_to_token.shape[1]
+    else:
+        lengths = cache_seqlens if inputs.seq_lens_cpu is None else inputs.seq_lens_cpu[:batch_size] + added
+        max_seqlen_k = int(lengths.max())
     max_len = min(max_seqlen_k, setup.table_width)
 
     owner, expanded = _expanded_rows(inputs, cache_seqlens, tokens)
     clamped = expanded.clamp(max=setup.index_topk)
-    columns = _columns(max_len, cache_seqlens.device)
     pool_rows = inputs.req_pool_indices[:batch_size].to(torch.int64).index_select(0, owner)
     page_indices = inputs.req_to_token[:, :max_len].index_select(0, pool_rows)
     real_page_table = None
     if setup.page_size > 1:
+        device = cache_seqlens.device
+        columns = torch.arange(max_len, device=device) if capturing else _columns(max_len, device)
         strided = columns[:: setup.page_size]
         real_page_table = page_indices.index_select(1, strided).div(setup.page_size, rounding_mode="floor")
     return PrecomputedMetadata(
@@ -123,6 +139,14 @@ def _expanded_rows(inputs: ReplayInputs, cache_seqlens: Tensor, tokens: int) -> 
     return torch.arange(batch_size * tokens, device=device).div(tokens, rounding_mode="floor"), expanded
 
 
+def _is_capturing() -> bool:
+    """Whether this runs inside a captured region; a build of torch without CUDA raises instead of saying no."""
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except RuntimeError:
+        return False
+
+
 _cached_columns: dict[torch.device, Tensor] = {}
 
 
@@ -140,9 +164,10 @@ def _schedule(ctx_lens: Tensor, num_sms: int) -> Tensor:
     """The contract's section 7 by counting: a boundary's row is how many rows end at or before it."""
     segments = (ctx_lens.to(torch.int64) + 255).bitwise_right_shift(8)
     ends = segments.cumsum(0)
-    total = int(ends[-1])
+    total = ends[-1]
+    share = total.div(num_sms, rounding_mode="floor")
     boundary = torch.arange(num_sms + 1, device=ctx_lens.device)
-    start = boundary * (total // num_sms) + boundary.clamp(max=total % num_sms)
+    start = boundary * share + boundary.clamp(max=total - share * num_sms)
     done = ends[None, :] <= start[:, None]  # [num_sms + 1, R]
     offset = torch.where(start < total, start - (segments * done).sum(1), 0)
     return torch.stack((done.sum(1), offset), dim=1)

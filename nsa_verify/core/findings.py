@@ -160,9 +160,8 @@ EXPLANATIONS: Final[dict[Code, Explanation]] = {
     Code.RECOMPILES: Explanation(
         "recompiles as batches vary",
         "Two replays of one setup and mode launch the same Triton kernel with different compile-time constants, so"
-        " kernels are compiled while the engine serves. (Between buckets, powers of two are taken for rounding up.)",
-        "A length, a row count or a batch size declared tl.constexpr, or computed into num_warps, num_stages or a"
-        " block size.",
+        " kernels are compiled while the engine serves. Between buckets, powers of two are taken for rounding up.",
+        "A length, a row count or a batch size declared tl.constexpr, or a block size computed from one.",
         "Pass what varies as a plain argument (do_not_specialize where its value must not matter), and let constants"
         " depend on the setup alone.",
     ),
