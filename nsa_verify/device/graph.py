@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class Watch(TorchDispatchMode):
         self._memory.use([tensor for tensor in used if tensor.is_cuda], line)
 
 
-class _Captured:
+class Captured:
     """The graph of one key, and what it uses."""
 
     def __init__(self, graph: CapturedGraph, memory: Memory, own: dict[int, int]) -> None:
@@ -137,12 +137,59 @@ def _stretches(own: dict[int, int]) -> Iterator[tuple[int, int]]:
         yield start, end - start
 
 
+class Region(NamedTuple):
+    """What is captured: a call, the memory that it uses, the file whose lines are blamed, and the errors that torch has
+    raised in it, swallowed ones included."""
+
+    run: Callable[[], None]
+    memory: Memory
+    source: str
+    errors: Sequence[str]
+
+
+def record(region: Region, stream: torch.cuda.Stream, pool: Any) -> Captured:
+    """Capture ``region`` on ``stream``, its allocations in the memory ``pool``; the caller closes the graph.
+
+    Raises ``CaptureRefused`` for what cannot be captured, and what else ``region`` raises.
+    """
+    graph, error = CapturedGraph(), None
+    assert graph.raw is not None
+    with _without_gc(), torch.cuda.stream(stream):
+        watch = Watch(region.memory, region.source)
+        graph.raw.capture_begin(pool=pool)
+        try:
+            with intercepted(watch.launch), watch:
+                region.run()
+        except ImplementationRaised as raised:
+            error = raised.error
+        try:
+            with warnings.catch_warnings():
+                # What was refused, or did nothing, leaves an empty graph; the reason is told otherwise.
+                warnings.filterwarnings("ignore", "The CUDA Graph is empty", UserWarning)
+                graph.raw.capture_end()
+        except RuntimeError as invalid:
+            error = error or invalid
+    if error is None and watch.elsewhere is None:
+        return Captured(graph, region.memory, watch.own)
+    graph.close()
+    if watch.elsewhere is not None:
+        raise CaptureRefused(Code.OTHER_STREAM, watch.elsewhere)
+    assert error is not None
+    raise _refusal(error, region.errors, region.source)
+
+
+def new_stream() -> torch.cuda.Stream:
+    """A stream to capture on."""
+    stream: torch.cuda.Stream = torch.cuda.Stream()
+    return stream
+
+
 class GraphSession:
     """One captured graph per key, in one memory pool."""
 
     def __init__(self) -> None:
-        self._graphs: dict[GraphKey, _Captured] = {}
-        self._stream = torch.cuda.Stream()
+        self._graphs: dict[GraphKey, Captured] = {}
+        self._stream = new_stream()
         self._pool = torch.cuda.graph_pool_handle()
         self._blocks: list[Tensor] = []
         self._calls = 0
@@ -159,37 +206,15 @@ class GraphSession:
         rig.load_capture(*key)
         before = rig.arena.clone()
         torch.cuda.synchronize()
-        self._graphs[key] = self._record(rig, implementation, key, source)
+        memory, watched = Memory(static=[rig.arena, rig.pool.table], on_cuda=True), WatchedCalls(source)
+        region = Region(lambda: call(rig, implementation, key, watched), memory, source, watched.errors)
+        self._graphs[key] = record(region, self._stream, self._pool)
         torch.cuda.synchronize()
         if not torch.equal(rig.arena, before):
             raise CaptureRefused(Code.OTHER_STREAM, "output was written while the graph was captured, outside of it")
         moved = rig.moved(*key, implementation.writes(rig.setup))
         if moved is not None:
             raise CaptureRefused(Code.MOVED, moved)
-
-    def _record(self, rig: Rig, implementation: Implementation, key: GraphKey, source: str) -> _Captured:
-        memory = Memory(static=[rig.arena, rig.pool.table], on_cuda=True)
-        graph, watched, error = CapturedGraph(), WatchedCalls(source), None
-        assert graph.raw is not None
-        with _without_gc(), torch.cuda.stream(self._stream):
-            watch = Watch(memory, source)
-            graph.raw.capture_begin(pool=self._pool)
-            try:
-                with intercepted(watch.launch), watch:
-                    call(rig, implementation, key, watched)
-            except ImplementationRaised as raised:
-                error = raised.error
-            try:
-                graph.raw.capture_end()
-            except RuntimeError as invalid:
-                error = error or invalid
-        if error is None and watch.elsewhere is None:
-            return _Captured(graph, memory, watch.own)
-        graph.close()
-        if watch.elsewhere is not None:
-            raise CaptureRefused(Code.OTHER_STREAM, watch.elsewhere)
-        assert error is not None
-        raise _refusal(error, watched.errors, source)
 
     def begin(self) -> None:
         """Poison what the graphs allocated, and take and scribble on memory that was free when they were captured."""

@@ -32,6 +32,7 @@ _READS: Final = {
     torch.Tensor.__float__: "float()",
     torch.Tensor.__index__: "using it as a Python index",
     torch.Tensor.__contains__: "in",
+    torch.Tensor.__repr__: "printing",
 }
 """Functions that need a tensor's content on the host, and how a person writes them."""
 
@@ -129,6 +130,9 @@ _MASKABLE: Final = frozenset({aten.index.Tensor})
 _MASKED_PUTS: Final = frozenset(
     {aten.index_put_.default, aten.index_put.default, aten._unsafe_index_put.default, aten._index_put_impl_.default}
 )
+_MASKED_FILLS: Final = frozenset({aten.masked_fill_.Tensor, aten.masked_fill.Tensor})
+_COPIES_INSIDE: Final = frozenset({aten.histc.default})
+"""Operators whose CUDA form copies from the host on its own."""
 _NAMES: Final = {
     aten._local_scalar_dense.default: ".item()",
     aten.nonzero.default: "nonzero",
@@ -143,27 +147,43 @@ def check_operator(
 ) -> None:
     """Refuse the operator ``func`` where CUDA would. At least one of its tensors is on the device; ``host`` are those
     that are not. A 0-d host tensor is passed by value."""
+    reason = _by_data(func, args, kwargs, memory) or _by_transfer(func, args, host, memory)
+    if reason is not None:
+        refuse(reason)
+
+
+def _by_data(func: Any, args: Sequence[Any], kwargs: dict[str, Any], memory: Memory) -> str | None:
+    """Why ``func`` needs the content of a tensor on the host, if it does."""
     name = _NAMES.get(func, str(func))
     if torch.Tag.data_dependent_output in func.tags:
-        refuse(f"{name} reads device data on the host")
+        return f"{name} reads device data on the host"
     if func in _MASKABLE:
-        if any(_is_mask(index) for index in args[1]):
-            refuse("indexing with a boolean mask: the shape of the result depends on data")
-    elif func in _MASKED_PUTS:
+        masked = any(_is_mask(index) for index in args[1])
+        return "indexing with a boolean mask: the shape of the result depends on data" if masked else None
+    if func in _MASKED_FILLS and not memory.is_host(args[2]):
+        return "masked_fill by a device tensor reads device data on the host"
+    if torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None:
+        return f"{name}: the shape of the result depends on data"
+    return None
+
+
+def _by_transfer(func: Any, args: Sequence[Any], host: Sequence[Tensor], memory: Memory) -> str | None:
+    """Why ``func`` copies between the host and the device, if it does."""
+    name = _NAMES.get(func, str(func))
+    if func in _MASKED_PUTS:
         masks = [index for index in args[1] if _is_mask(index)]
         by_value = args[2].numel() == 1 and memory.is_host(args[2])
         if masks and not (len(masks) == 1 and by_value):
-            refuse("assigning through a boolean mask: the number of elements depends on data")
-    elif torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None:
-        refuse(f"{name}: the shape of the result depends on data")
+            return "assigning through a boolean mask: the number of elements depends on data"
+        if by_value and not masks:
+            return "assigning a number through an index tensor copies it from pageable host memory to the device"
+    if func in _COPIES_INSIDE:
+        return f"{name} copies from pageable host memory to the device"
     if func.overloadpacket is aten.copy_:
-        target, source = args[0], args[1]
-        if memory.is_host(target):
-            refuse("copy_() into host memory waits for the device")
-        if memory.is_host(source):
-            refuse("copy_() copies from pageable host memory to the device")
-    elif any(tensor.dim() > 0 for tensor in host):
-        refuse(f"{name} mixes a host tensor with device tensors")
+        if memory.is_host(args[0]):
+            return "copy_() into host memory waits for the device"
+        return "copy_() copies from pageable host memory to the device" if host else None
+    return f"{name} mixes a host tensor with device tensors" if any(it.dim() > 0 for it in host) else None
 
 
 def _is_mask(index: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.findings import Code
@@ -66,10 +66,20 @@ def _capture(rig: Rig, implementation: Implementation, key: GraphKey) -> Tape:
     call(rig, implementation, key, WatchedCalls(source))
     rig.load_capture(*key)
     host = [rig.host_seq_lens] if rig.setup.host_lengths else []
-    recorder = Recorder(Memory(static=[rig.arena, rig.pool.table], host=host), source)
-    with recorder.recording():
-        call(rig, implementation, key, WatchedCalls(source))
+    memory = Memory(static=[rig.arena, rig.pool.table], host=host)
+    tape = record(lambda: call(rig, implementation, key, WatchedCalls(source)), memory, source)
     moved = rig.moved(*key, implementation.writes(rig.setup))
     if moved is not None:
         raise CaptureRefused(Code.MOVED, moved)
+    return tape
+
+
+def record(region: Callable[[], None], memory: Memory, source: str) -> Tape:
+    """Capture ``region``, which uses ``memory``; ``source`` is the file whose lines are blamed.
+
+    Raises ``CaptureRefused`` for what cannot be captured, and what else ``region`` raises.
+    """
+    recorder = Recorder(memory, source)
+    with recorder.recording():
+        region()
     return recorder.tape

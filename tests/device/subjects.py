@@ -7,6 +7,7 @@ spoils one thing; ``subject(before=bug)`` runs it ahead; ``bare`` takes a refres
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from nsa_verify import Extent, Implementation, MetadataBuffers, Mode, ReplayInputs, Setup
 from nsa_verify.core.case import CtxLens
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Refresh
+from nsa_verify.kernels import vectorized
 
 Steps = Sequence[MetadataBuffers]
 Bug = Callable[[ReplayInputs, Steps, Setup], object]
@@ -70,6 +72,31 @@ def bare(
         optional_outputs=optional_outputs,
         source=f"{code.co_filename}:{code.co_firstlineno}" if code else "",
     )
+
+
+CAPTURABLE_MODES = (Mode.DECODE, Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND_V2)
+
+
+def capturable(
+    bug: Bug | None = None,
+    *,
+    before: Bug | None = None,
+    refresh: Refresh = vectorized.refresh,
+    modes: Sequence[Mode] = CAPTURABLE_MODES,
+    host_lengths: bool = False,
+) -> Implementation:
+    """``refresh``, by default one that is right and capturable, with ``before`` ahead of it and ``bug`` after it."""
+
+    def spoilt(inputs: ReplayInputs, steps: Steps, setup: Setup) -> None:
+        if before is not None:
+            before(inputs, steps, setup)
+        refresh(inputs, steps, setup)
+        if bug is not None:
+            bug(inputs, steps, setup)
+
+    made = bare(spoilt, modes=modes, extent=Extent.FULL, host_lengths=host_lengths)
+    blamed = (bug or before or refresh).__code__.co_filename
+    return replace(made, capturable=frozenset(modes), source=f"{blamed}:1")
 
 
 def right(inputs: ReplayInputs, steps: Steps, setup: Setup) -> None:

@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from device.subjects import Bug, Steps, bare, right, subject
+from conftest import NO_GPU
+from device.subjects import Bug, Steps, bare, capturable, right, subject
 from helpers import draw_many
 
 from nsa_verify import Case, Code, Implementation, Mode, Outcome, Replay, ReplayInputs, Request, Setup, Verdict, verify
@@ -70,15 +71,44 @@ SUBJECTS: dict[str, Implementation] = {
 }
 
 
+def _keeps_the_last(inputs: ReplayInputs, steps: Steps, setup: Setup) -> None:
+    """Leaves the last sum as it was: right where something else wrote it before."""
+    kept = steps[0].nsa_cu_seqlens_k[-1:].clone()
+    capturable().refresh(inputs, steps, setup)
+    steps[0].nsa_cu_seqlens_k[-1:].copy_(kept)
+
+
+def _frozen(inputs: ReplayInputs, steps: Steps, _: Setup) -> None:
+    if inputs.seq_lens_cpu is not None:
+        steps[0].nsa_cache_seqlens.clamp_(max=int(inputs.seq_lens_cpu[: inputs.batch_size].max()))
+
+
+def _illegal(inputs: ReplayInputs, _: Steps, __: Setup) -> None:
+    if inputs.batch_size == SETUP.buckets[-1]:
+        inputs.seq_lens.max().item()
+
+
+GRAPH_SUBJECTS: dict[str, Implementation] = {
+    "right": capturable(),
+    "leaves a cell unwritten": capturable(refresh=_keeps_the_last),
+    "freezes a maximum": capturable(_frozen, modes=(Mode.DECODE,), host_lengths=True),
+    "cannot be captured in one bucket": capturable(_illegal),
+}
+GRAPH = "simulated-graph" if NO_GPU else "graph"
+DRIVEN = {(name, "eager"): it for name, it in SUBJECTS.items()}
+DRIVEN |= {(name, GRAPH): it for name, it in GRAPH_SUBJECTS.items()}
+Job = tuple[Case, tuple[str, str], Verdict]
+
+
 @cache
-def _jobs_judged_alone() -> list[tuple[Case, str, Verdict]]:
-    """Cases, the names of subjects, and their verdicts in memory that nothing has used before."""
+def _jobs_judged_alone() -> list[Job]:
+    """Cases, subjects and executors, and the verdicts in memory that nothing has used before."""
     judged = []
     for drawn in draw_many(replays(SETUP), 12, seeded=7):
         case = Case(SETUP, drawn)
-        for name, implementation in SUBJECTS.items():
+        for driven, implementation in DRIVEN.items():
             close_rigs()
-            judged.append((case, name, verify(case, implementation)))
+            judged.append((case, driven, verify(case, implementation, driven[1])))
     return judged
 
 
@@ -87,13 +117,17 @@ def test_a_verdict_does_not_depend_on_those_before_it(order: int) -> None:
     shuffled = _jobs_judged_alone().copy()
     random.Random(order).shuffle(shuffled)
     close_rigs()
-    for case, name, alone in shuffled:
-        assert verify(case, SUBJECTS[name]) == alone, name
+    for case, driven, alone in shuffled:
+        assert verify(case, DRIVEN[driven], driven[1]) == alone, driven
 
 
 def test_the_subjects_do_what_they_are_called() -> None:
-    outcomes = {(name == "right", alone.outcome) for _, name, alone in _jobs_judged_alone()}
-    assert outcomes == {(True, Outcome.AGREE), (False, Outcome.DISAGREE)}
+    outcomes: dict[tuple[str, str], set[Outcome]] = {}
+    for _, driven, alone in _jobs_judged_alone():
+        outcomes.setdefault(driven, set()).add(alone.outcome)
+    for driven, seen in outcomes.items():
+        assert (Outcome.DISAGREE in seen) is (driven[0] != "right"), driven
+        assert Outcome.UNKNOWN not in seen
 
 
 def test_the_rig_is_used_again() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_verify import MetadataBuffers, Mode, ReplayInputs, Setup
+from nsa_verify import CtxLens, MetadataBuffers, Mode, ReplayInputs, Setup
 from nsa_verify.core.registry import load_builtin
 
 POISON = -77
@@ -34,17 +34,24 @@ def _buffers(setup: Setup, mode: Mode, batch_size: int) -> MetadataBuffers:
 
     rows = setup.captured_rows(mode, batch_size)
     cache_seqlens = poisoned(batch_size)
+    expanded = cache_seqlens if mode is Mode.DECODE else poisoned(rows)
     page_table = poisoned(rows, setup.table_width)
+    ctx_lens = None
+    if setup.ctx_lens is CtxLens.OWN and mode is Mode.TARGET_VERIFY:
+        ctx_lens = poisoned(batch_size, setup.num_draft_tokens)
+    elif setup.ctx_lens is not CtxLens.ABSENT:
+        ctx_lens = expanded.view(rows, 1)
     return MetadataBuffers(
         cache_seqlens=cache_seqlens,
         cu_seqlens_k=poisoned(batch_size + 1),
-        nsa_seqlens_expanded=cache_seqlens if mode is Mode.DECODE else poisoned(rows),
+        nsa_seqlens_expanded=expanded,
         nsa_cache_seqlens=poisoned(rows),
         nsa_cu_seqlens_k=poisoned(rows + 1),
         page_table_1=page_table,
         real_page_table=page_table if setup.page_size == 1 else poisoned(rows, setup.real_table_width),
         cu_seqlens_q=poisoned(batch_size + 1),
         nsa_cu_seqlens_q=poisoned(rows + 1),
+        paged_mqa_ctx_lens=ctx_lens,
         paged_mqa_schedule=poisoned(setup.num_sms + 1, 2) if setup.schedule else None,
     )
 

@@ -13,7 +13,14 @@ from nsa_verify import MetadataBuffers, Mode, Setup
 from nsa_verify.core.implementation import registered
 from nsa_verify.kernels import BUILTIN_MODULES
 
-NAMES = ("python-loop", "vectorized", "triton-fused", "triton-inplace", "precomputed-copy")
+NAMES = (
+    "python-loop",
+    "vectorized",
+    "triton-fused",
+    "triton-inplace",
+    "precomputed-copy",
+    "precomputed-batched-copy",
+)
 SEQ_LENS = [13, 5, 1]
 
 

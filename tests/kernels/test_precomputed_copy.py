@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from nsa_verify import Mode, Setup
+from nsa_verify.kernels import precomputed_copy
 from nsa_verify.kernels.precomputed_copy import PrecomputedMetadata, _columns, copy_into, precompute, refresh
 
 
@@ -46,6 +48,21 @@ def test_the_fields_at_the_context_wall(make_backend: Callable[..., Any]) -> Non
     tensors = [getattr(precomputed, name) for name in PrecomputedMetadata.__slots__]
     dtypes = {tensor.dtype for tensor in tensors if isinstance(tensor, torch.Tensor)}
     assert dtypes == {torch.int32}
+
+
+def test_nothing_of_the_batch_is_frozen_in_a_capture(
+    make_backend: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(precomputed_copy, "_cached_columns", {})
+    setup = Setup(num_draft_tokens=3, page_size=16, table_width=20, pool_width=27, buckets=(2,))
+    shorter = make_backend(setup, Mode.TARGET_VERIFY, [1, 1])
+    precomputed = precompute(shorter.inputs, setup)
+    assert (precomputed.max_len, precomputed.max_seqlen_k, precomputed.seqlens_expanded_size) == (20, 27, 6)
+    assert precomputed.page_indices.shape == (6, 20)
+    # A graph would go on reading an arange that the cache has replaced since, and the cache would hand out one that
+    # holds nothing before the graph is replayed.
+    assert precomputed_copy._cached_columns == {}
 
 
 def test_page_size_one_has_no_real_table(make_backend: Callable[..., Any]) -> None:
