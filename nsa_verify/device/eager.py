@@ -17,15 +17,15 @@ from nsa_verify.device.rig import Rig
 from nsa_verify.device.stops import GraphKey
 from nsa_verify.device.temporaries import WatchedCalls
 
-DELAY_CYCLES: Final = 2_000_000
-"""About a millisecond of a GPU's clock: longer than the host takes to prepare the next replay."""
+DELAY_CYCLES: Final = 10_000_000
+"""About five milliseconds of a GPU's clock: longer than the host takes for a call and the preparation of the next."""
 
 
 class EagerSession:
     """Calls ``refresh`` directly, with its uninitialised temporaries poisoned.
 
-    ``served`` are the compile keys of every call. With ``delay`` every call runs behind a long kernel on the stream,
-    while the host goes on.
+    ``served`` are the compile keys of every call. With ``delay`` the calls run behind a long kernel on the stream,
+    while the host goes on: what it overwrites too early, as a staging buffer that is used again, is then wrong.
     """
 
     def __init__(self, rig: Rig, implementation: Implementation) -> None:
@@ -55,7 +55,7 @@ class EagerSession:
                 watched.failed(f"the launch of {it.name}", error)
                 raise
 
-        if self.delay and self._rig.device == "cuda":
+        if self.delay and call_number == 0 and self._rig.device == "cuda":
             torch.cuda._sleep(DELAY_CYCLES)
         with intercepted(launch):
             call(self._rig, self._implementation, (mode, bucket), watched)

@@ -199,10 +199,13 @@ class GraphSession:
         source = implementation.source.rpartition(":")[0]
         rig.load_capture(*key)
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UPS):
-                call(rig, implementation, key, WatchedCalls(source))
-        torch.cuda.synchronize()
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UPS):
+                    call(rig, implementation, key, WatchedCalls(source))
+        finally:
+            # Whatever comes next writes the inputs that a warm-up may still read.
+            torch.cuda.synchronize()
         rig.load_capture(*key)
         before = rig.arena.clone()
         torch.cuda.synchronize()

@@ -78,6 +78,7 @@ class Judge:
 
     def __init__(self, case: Case, device: str) -> None:
         self.case = case
+        self._delay = False
         self._images: dict[ImageKey, tuple[Tensor, Tensor]] = {}
         try:
             self.rig = rig_for(case.setup, device)
@@ -85,11 +86,13 @@ class Judge:
         except Exception as error:  # noqa: BLE001 - every verdict on the case is unknown and says why
             self._own_fault = _fault(error)
 
-    def judge(self, implementation: Implementation, executor: Executor, thorough: bool = True) -> Verdict:
+    def judge(
+        self, implementation: Implementation, executor: Executor, repeat: bool = True, delay: bool = True
+    ) -> Verdict:
         """The verdict. A fault of the checker itself is ``unknown``, never ``agree``.
 
-        If ``thorough``, the last replay is served twice, and must leave the same again; and on CUDA eager calls run
-        behind a long kernel.
+        With ``repeat`` the last replay is served twice, and must leave the same again. With ``delay`` the eager calls
+        of a case run behind a long kernel, on CUDA.
         """
         setup = self.case.setup
         reasons = [executor.not_applicable(implementation, setup, replay.mode) for replay in self.case.replays]
@@ -100,9 +103,10 @@ class Judge:
         if self._own_fault:
             return replace(said, outcome=Outcome.UNKNOWN, reason=self._own_fault)
         modes = tuple(dict.fromkeys(self.case.replays[index].mode for index in served))
+        self._delay = delay and len(served) > 1
         try:
-            run = self._run(implementation, executor, served, thorough)
-            findings = self._findings(implementation, executor, run, thorough)
+            run = self._run(implementation, executor, served, repeat)
+            findings = self._findings(implementation, executor, run, repeat)
         except Exception as error:  # noqa: BLE001 - whatever fails here, the verdict is unknown and says why
             return replace(said, outcome=Outcome.UNKNOWN, modes=modes, reason=_fault(error))
         return replace(
@@ -120,17 +124,17 @@ class Judge:
                 return f"the oracle breaks its own invariant: {broken.buffer}: {broken.sentence}"
         return ""
 
-    def _findings(self, implementation: Implementation, executor: Executor, run: _Run, thorough: bool) -> list[Finding]:
+    def _findings(self, implementation: Implementation, executor: Executor, run: _Run, repeat: bool) -> list[Finding]:
         failing, wrong = self._compare(implementation, run)
         if failing is None and run.stop is None and not run.notes:
             return []
         served = list(dict.fromkeys(run.wanted))
         findings = self._describe(implementation, executor, run, failing)
-        if self._is_frozen(implementation, executor, findings[0], served, thorough):
+        if self._is_frozen(implementation, executor, findings[0], served, repeat):
             message = f"called eagerly it agrees, replayed from the graph not: {findings[0].message}"
             findings = [replace(findings[0], code=Code.FROZEN, message=message), *findings]
         for rerun in range(1, RERUNS + 1):
-            again = self._run(implementation, executor, served, thorough)
+            again = self._run(implementation, executor, served, repeat)
             failing_again, wrong_again = self._compare(implementation, again)
             if failing_again != failing or wrong_again != wrong or again.trouble != run.trouble:
                 agreed = failing_again is None and again.stop is None and not again.notes
@@ -141,15 +145,15 @@ class Judge:
         return findings
 
     def _is_frozen(
-        self, implementation: Implementation, executor: Executor, first: Finding, served: list[int], thorough: bool
+        self, implementation: Implementation, executor: Executor, first: Finding, served: list[int], repeat: bool
     ) -> bool:
         """Whether wrong content comes from the graph alone."""
         if executor is EAGER or first.code not in _CONTENT:
             return False
-        eager = self._run(implementation, EAGER, served, thorough)
+        eager = self._run(implementation, EAGER, served, repeat)
         return eager.stop is None and self._compare(implementation, eager)[0] is None
 
-    def _run(self, implementation: Implementation, executor: Executor, served: list[int], thorough: bool) -> _Run:
+    def _run(self, implementation: Implementation, executor: Executor, served: list[int], repeat: bool) -> _Run:
         rig, case = self.rig, self.case
         keys = tuple(dict.fromkeys((case.replays[replay].mode, case.bucket(replay)) for replay in served))
         try:
@@ -163,8 +167,8 @@ class Judge:
         run = _Run(wanted=tuple(served), served=[], snapshots=[rig.arena.clone()])
         opened.begin()
         if isinstance(opened, EagerSession):
-            opened.delay = thorough
-        for number, replay in enumerate([*served, *served[-1:]] if thorough else served):
+            opened.delay = self._delay
+        for number, replay in enumerate([*served, *served[-1:]] if repeat else served):
             if number < len(served):
                 rig.load(case, replay, values[replay])
             try:
@@ -271,12 +275,12 @@ class Judge:
             return None
         calls = run.served[: failing + 1]
         served = list(dict.fromkeys(calls))
-        self._run(implementation, executor, served, thorough=len(served) < len(calls))
+        self._run(implementation, executor, served, repeat=len(served) < len(calls))
         return self.rig.pool.difference() or Difference((), 0, 0, 1)
 
     def _alone(self, implementation: Implementation, executor: Executor, replay: int) -> Tensor | None:
         """The arena after ``replay`` alone, from poison: tells what is stale from what would be wrong anyway."""
-        run = self._run(implementation, executor, [replay], thorough=False)
+        run = self._run(implementation, executor, [replay], repeat=False)
         return None if run.stop is not None else run.snapshots[-1].cpu()
 
     def _stopped(self, implementation: Implementation, executor: Executor, run: _Run, stop: Stop) -> Finding:

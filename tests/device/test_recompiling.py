@@ -87,6 +87,7 @@ def test_the_key_follows_constants_and_specialisation() -> None:
 
 @pytest.mark.gpu
 def test_the_key_counts_what_triton_compiles() -> None:
+    _kernel.device_caches.clear()
     with compiled() as seen:
         aligned, shifted = keys_of(LAUNCHES), keys_of(LAUNCHES, offset=1)
     assert len(seen) == len({*aligned, *shifted})
