@@ -7,7 +7,7 @@ change of either cannot find a stale entry.
 The graph form, for the uniform modes: a captured region may freeze no host value, so there the tables are copied to
 their full width instead of to the batch's maximum. Nor does it share the cache: a graph would keep the address of an
 ``arange`` that is replaced when it grows, and what it allocates itself holds nothing until it is replayed. Ragged
-DRAFT_EXTEND cannot be captured, because its number of rows, R, is read on the host and is the shape of what is computed.
+DRAFT_EXTEND cannot be captured: its number of rows, R, is read on the host and is the shape of what is computed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class PrecomputedMetadata:
 
     ``cache_seqlens`` ``[B]``; ``cu_seqlens_k`` ``[B+1]``; ``page_indices`` ``[R, max_len]``; ``real_page_table``
     ``[R, ceil(max_len/p)]``, or None where p = 1; ``seqlens_expanded`` and ``nsa_cache_seqlens`` ``[R]``;
-    ``nsa_cu_seqlens_k`` ``[R+1]``. ``max_seqlen_k`` is the longest KV length, or under capture the longest that a row of
-    ``req_to_token`` holds; ``max_len`` is the same clipped to W.
+    ``nsa_cu_seqlens_k`` ``[R+1]``. ``max_seqlen_k`` is the longest KV length, or under capture the longest that a row
+    of ``req_to_token`` holds; ``max_len`` is the same clipped to W.
     """
 
     cache_seqlens: Tensor

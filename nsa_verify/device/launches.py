@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -111,7 +111,13 @@ def compile_key(launch: Launch) -> CompileKey:
     return CompileKey(launch.name, tuple(constants), (*classes, *options))
 
 
+_IN_A_TUPLE: Final = _Parameter("", constant=False, specialized=True, aligned=True)
+"""What is said of a parameter that is a tuple does not reach its elements."""
+
+
 def _class(parameter: _Parameter, value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({' '.join(_class(_IN_A_TUPLE, element) for element in value)})"
     if isinstance(value, torch.Tensor):
         aligned = parameter.specialized and parameter.aligned and value.data_ptr() % 16 == 0
         return f"*{str(value.dtype).rpartition('.')[2]}{':16' if aligned else ''}"

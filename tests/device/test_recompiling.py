@@ -30,6 +30,16 @@ def _kernel(
     tl.store(out + lane, lane * 0 + number + plain + size, mask=lane < 0)
 
 
+@triton.jit(do_not_specialize=["numbers"])  # type: ignore[untyped-decorator]
+def _of_tuples(outs: tl.tuple, numbers: tl.tuple) -> None:
+    lane = tl.arange(0, 16)
+    for index in tl.static_range(len(outs)):
+        tl.store(outs[index] + lane, lane + numbers[index], mask=lane < 0)
+
+
+TUPLES: list[tuple[int, ...]] = [(3,), (5,), (16,), (1,), (3, 3), (3, 16), (3, 5), (2**40,)]
+
+
 @contextmanager
 def compiled() -> Iterator[list[object]]:
     """What Triton itself compiles inside the block."""
@@ -83,6 +93,35 @@ def test_the_key_follows_constants_and_specialisation() -> None:
     assert len({two, sixteen, one, wide, nine, flagged, warps}) == 7
     assert "size=8" in two
     assert keys_of(LAUNCHES[:1]) != keys_of(LAUNCHES[:1], offset=1), "a pointer that is not aligned"
+
+
+def keys_of_tuples() -> list[CompileKey]:
+    out = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    keys: list[CompileKey] = []
+
+    def listen(launch: Any) -> object:
+        keys.append(compile_key(launch))
+        return launch.run(launch.kernel, *launch.args, **launch.kwargs)
+
+    with intercepted(listen):
+        for numbers in TUPLES:
+            _of_tuples[(1,)]((out,) * len(numbers), numbers)
+    return keys
+
+
+def test_the_key_follows_the_elements_of_tuples() -> None:
+    three, five, sixteen, one, two_threes, mixed, three_five, wide = keys_of_tuples()
+    assert three == five
+    assert two_threes == three_five
+    assert len({three, sixteen, one, two_threes, mixed, wide}) == 6
+
+
+@pytest.mark.gpu
+def test_the_key_counts_what_triton_compiles_for_tuples() -> None:
+    _of_tuples.device_caches.clear()
+    with compiled() as seen:
+        keys = keys_of_tuples()
+    assert len(seen) == len(set(keys))
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Do the Triton kernels compile for a GPU? The interpreter runs code that the compiler refuses."""
+"""Do the Triton kernels compile for a GPU, and once for all batches? The interpreter runs what the compiler refuses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("compile_launches.py")
 
 
 @pytest.mark.parametrize("name", ["triton-fused", "triton-inplace", "precomputed-batched-copy"])
-def test_every_launch_compiles_for_a_gpu_that_is_not_there(name: str, tmp_path: Path) -> None:
+def test_every_launch_compiles_once_for_a_gpu_that_is_not_there(name: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

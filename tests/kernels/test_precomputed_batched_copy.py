@@ -90,10 +90,9 @@ def test_one_launch_copies_everything(
 ) -> None:
     setup = _setup(num_steps=num_steps, ctx_lens=CtxLens.OWN, schedule=True)
     backend = make_backend(setup, mode, SEQ_LENS, ACCEPT_LENS)
+    refresh(backend.inputs, backend.steps, setup)
+    assert launches == ["_gather_pages", "_copy_everywhere"]
     shared = precompute(backend.inputs, setup)
-    launches.clear()
-    copy_into_all(backend.steps, shared, mode, setup)
-    assert launches == ["_copy_everywhere"]
     rows, first = len(EXPANDED[mode]), backend.steps[0]
     assert shared.schedule is not None
     for step in backend.steps:
