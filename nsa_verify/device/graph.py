@@ -6,7 +6,7 @@ import gc
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -137,6 +137,37 @@ def _stretches(own: dict[int, int]) -> Iterator[tuple[int, int]]:
         yield start, end - start
 
 
+class SharedPool:
+    """The memory that graphs allocate from, one for all of a process, as engines have it.
+
+    A pool of its own would keep its memory for good once its graph is gone. It needs a graph that is never closed: with
+    the last one torch gives a pool up.
+    """
+
+    _anchor: torch.cuda.CUDAGraph | None = None
+
+    @classmethod
+    def handle(cls) -> Any:
+        """What ``capture_begin`` takes; the pool is made when this is asked first."""
+        if cls._anchor is None:
+            anchor = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(new_stream()), _without_gc():
+                anchor.capture_begin()
+                torch.zeros(1, device="cuda")
+                anchor.capture_end()
+            torch.cuda.synchronize()
+            cls._anchor = anchor
+        return cls._anchor.pool()
+
+    @classmethod
+    def give_up(cls) -> None:
+        """After a capture that was refused: torch leaves the pool in the middle of a recording."""
+        device, handle = torch.cuda.current_device(), cls.handle()
+        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with suppress(RuntimeError):  # where torch has done it itself
+                end(device, handle)
+
+
 class Region(NamedTuple):
     """What is captured: a call, the memory that it uses, the file whose lines are blamed, and the errors that torch has
     raised in it, swallowed ones included."""
@@ -147,12 +178,12 @@ class Region(NamedTuple):
     errors: Sequence[str]
 
 
-def record(region: Region, stream: torch.cuda.Stream, pool: Any) -> Captured:
-    """Capture ``region`` on ``stream``, its allocations in the memory ``pool``; the caller closes the graph.
+def record(region: Region, stream: torch.cuda.Stream) -> Captured:
+    """Capture ``region`` on ``stream``; the caller closes the graph.
 
     Raises ``CaptureRefused`` for what cannot be captured, and what else ``region`` raises.
     """
-    graph, error = CapturedGraph(), None
+    pool, graph, error = SharedPool.handle(), CapturedGraph(), None
     assert graph.raw is not None
     with _without_gc(), torch.cuda.stream(stream):
         watch = Watch(region.memory, region.source)
@@ -168,6 +199,7 @@ def record(region: Region, stream: torch.cuda.Stream, pool: Any) -> Captured:
                 warnings.filterwarnings("ignore", "The CUDA Graph is empty", UserWarning)
                 graph.raw.capture_end()
         except RuntimeError as invalid:
+            SharedPool.give_up()
             error = error or invalid
     if error is None and watch.elsewhere is None:
         return Captured(graph, region.memory, watch.own)
@@ -185,12 +217,11 @@ def new_stream() -> torch.cuda.Stream:
 
 
 class GraphSession:
-    """One captured graph per key, in one memory pool."""
+    """One captured graph per key."""
 
     def __init__(self) -> None:
         self._graphs: dict[GraphKey, Captured] = {}
         self._stream = new_stream()
-        self._pool = torch.cuda.graph_pool_handle()
         self._blocks: list[Tensor] = []
         self._calls = 0
 
@@ -211,7 +242,7 @@ class GraphSession:
         torch.cuda.synchronize()
         memory, watched = Memory(static=[rig.arena, rig.pool.table], on_cuda=True), WatchedCalls(source)
         region = Region(lambda: call(rig, implementation, key, watched), memory, source, watched.errors)
-        self._graphs[key] = record(region, self._stream, self._pool)
+        self._graphs[key] = record(region, self._stream)
         torch.cuda.synchronize()
         if not torch.equal(rig.arena, before):
             raise CaptureRefused(Code.OTHER_STREAM, "output was written while the graph was captured, outside of it")

@@ -6,6 +6,7 @@ depend on the case before it.
 
 from __future__ import annotations
 
+import atexit
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Final, Protocol, TypeVar, cast
@@ -198,6 +199,7 @@ def rig_for(setup: Setup, device: str) -> Rig:
     return rig
 
 
+@atexit.register
 def close_rigs() -> None:
     """Close every rig that is kept, and with it its graphs."""
     while _RIGS:

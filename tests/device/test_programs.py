@@ -90,7 +90,7 @@ def captured(program: Program, device: str) -> Iterator[Captured]:
         return
     torch.cuda.synchronize()
     work = graph.Region(region, Memory(static, on_cuda=True), SOURCE, watched.errors)
-    made = graph.record(work, graph.new_stream(), torch.cuda.graph_pool_handle())
+    made = graph.record(work, graph.new_stream())
     torch.cuda.synchronize()
     try:
         made.scribble()
@@ -212,3 +212,19 @@ def test_a_tensor_that_is_moved_later_does_not_move_the_tape() -> None:
         put(before, AT_REPLAY)
         it.play()
         assert outcome(before) == [8, 11, 8, 12, 10, 20, 6, 9]
+
+
+@pytest.mark.gpu
+def test_captures_do_not_use_up_memory() -> None:
+    def once() -> None:
+        with captured(LEGAL["prefix sum into a slice"], "cuda") as it:
+            it.replayed()
+        with pytest.raises(CaptureRefused), captured(ILLEGAL["nonzero"][0], "cuda"):
+            pass
+
+    for _ in range(5):
+        once()
+    before = torch.cuda.memory_reserved()
+    for _ in range(50):
+        once()
+    assert torch.cuda.memory_reserved() == before
