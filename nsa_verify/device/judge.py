@@ -156,6 +156,7 @@ class Judge:
     def _run(self, implementation: Implementation, executor: Executor, served: list[int], repeat: bool) -> _Run:
         rig, case = self.rig, self.case
         keys = tuple(dict.fromkeys((case.replays[replay].mode, case.bucket(replay)) for replay in served))
+        take_fallbacks()
         try:
             opened = rig.session(
                 (executor.name, implementation, keys), lambda: executor.open(rig, implementation, keys)
@@ -197,6 +198,7 @@ class Judge:
         at = next(it for it in served if (case.replays[it].mode, case.bucket(it)) == stop.while_capturing)
         rig.reset()
         run = _Run(wanted=tuple(served), served=[], snapshots=[rig.arena.clone()], stop=stop)
+        run.fallbacks = take_fallbacks()
         rig.load(case, at, rig.initial)
         self._keep(run, at)
         return run

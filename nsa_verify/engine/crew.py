@@ -32,6 +32,8 @@ class EngineError(Exception):
 class Crew:
     """``submit`` work, get futures. With one worker the work is done in this process, at once.
 
+    Whoever did the work gives back at the end what it kept from case to case, captured graphs above all.
+
     Worker processes are spawned, never forked: they may hold a CUDA context, and threads. While the crew is entered the
     first Ctrl-C asks the work to end with what it has and sets ``interrupted``; a second one, or one that comes before
     the workers are up, is a ``KeyboardInterrupt`` wherever it strikes.
@@ -117,6 +119,7 @@ class Crew:
             worker.stop(False)
             if self._handler is signal.default_int_handler:
                 signal.signal(signal.SIGINT, self._handler)
+            worker.close()
         if isinstance(error, BrokenProcessPool):
             raise EngineError(
                 "a worker process died while it ran a case; run again with --workers 1 to see which implementation"

@@ -12,7 +12,7 @@ from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, Hypoth
 
 from nsa_verify.core.case import Case
 from nsa_verify.engine.plan import Plan
-from nsa_verify.strategies import Swarm, cases
+from nsa_verify.strategies import Limits, Swarm, cases
 from nsa_verify.strategies.profiles import profile
 
 BACKEND = "nsa-verify"
@@ -44,16 +44,16 @@ class Found(Exception):
     """The case shows what is being shrunk."""
 
 
-def draw_round(plan: Plan, index: int, visit: Callable[[Case], None]) -> None:
-    """Call ``visit`` with every case of round ``index``."""
+def draw_round(plan: Plan, device: str, index: int, visit: Callable[[Case], None]) -> None:
+    """Call ``visit`` with every case of round ``index``, as large as suits ``device`` (``cpu`` or ``cuda``)."""
 
     def body(case: Case) -> None:
         visit(case)
 
-    _drive(plan, index, body, (Phase.generate,))
+    _drive(plan, device, index, body, (Phase.generate,))
 
 
-def shrink_round(plan: Plan, index: int, shows: Callable[[Case], bool]) -> bool:
+def shrink_round(plan: Plan, device: str, index: int, shows: Callable[[Case], bool]) -> bool:
     """Draw round ``index`` again and shrink the first case for which ``shows`` holds.
 
     ``shows`` is called with every probe and keeps what it wants to keep. False if the probes contradicted each other,
@@ -65,7 +65,7 @@ def shrink_round(plan: Plan, index: int, shows: Callable[[Case], bool]) -> bool:
             raise Found
 
     try:
-        _drive(plan, index, body, (Phase.generate, Phase.shrink))
+        _drive(plan, device, index, body, (Phase.generate, Phase.shrink))
     except Found:
         return True
     except (FlakyFailure, FlakyReplay):
@@ -73,7 +73,7 @@ def shrink_round(plan: Plan, index: int, shows: Callable[[Case], bool]) -> bool:
     return False
 
 
-def _drive(plan: Plan, index: int, body: Callable[[Case], None], phases: tuple[Phase, ...]) -> None:
+def _drive(plan: Plan, device: str, index: int, body: Callable[[Case], None], phases: tuple[Phase, ...]) -> None:
     AVAILABLE_PROVIDERS[BACKEND] = SeededProvider
     chosen = settings(
         profile(plan.profile).settings,
@@ -82,7 +82,8 @@ def _drive(plan: Plan, index: int, body: Callable[[Case], None], phases: tuple[P
         report_multiple_bugs=False,
         backend=BACKEND,
     )
-    strategy = cases(modes=plan.modes, swarm=Swarm.for_round(plan.seed, index))
+    limits = Limits.for_device(device)
+    strategy = cases(modes=plan.modes, swarm=Swarm.for_round(plan.seed, index), limits=limits)
 
     def test(case: Case) -> None:
         body(case)

@@ -8,7 +8,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from nsa_verify.core.case import Case, Mode
-from nsa_verify.core.findings import Finding, Outcome, Signature
+from nsa_verify.core.findings import Finding, Outcome, Signature, Verdict
 
 
 class StopReason(StrEnum):
@@ -29,12 +29,16 @@ class Subject(Struct, frozen=True):
 
 
 class Cell(Struct):
-    """Counts of one (implementation, executor, mode): cases it ran in, and how they ended."""
+    """Counts of one (implementation, executor, mode): cases it ran in, and how they ended.
+
+    ``not_capturable`` are those of ``not_applicable`` that the implementation runs, but not under this executor.
+    """
 
     cases: int = 0
     disagree: int = 0
     unknown: int = 0
     not_applicable: int = 0
+    not_capturable: int = 0
     reasons: dict[str, int] = {}
     """Why cases were not applicable, or could not be judged, and how often."""
 
@@ -44,6 +48,7 @@ class Cell(Struct):
         self.disagree += other.disagree
         self.unknown += other.unknown
         self.not_applicable += other.not_applicable
+        self.not_capturable += other.not_capturable
         for reason, count in other.reasons.items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
 
@@ -72,6 +77,44 @@ class Matrix(Struct):
         return sum(getattr(cell, counts[outcome]) for cell in self.cells.values())
 
 
+class Tally(Struct):
+    """What implementations did besides filling buffers, by implementation.
+
+    ``fallbacks`` counts the reasons reported with ``nsa_verify.fallback`` by eager calls; a reason that was reported
+    only while a graph was captured has count 0, since how often that happens depends on which graphs are kept.
+    ``compile_keys`` name what Triton compiles, or would compile, for the launches of eager calls.
+    """
+
+    fallbacks: dict[str, dict[str, int]] = {}
+    compile_keys: dict[str, set[str]] = {}
+
+    def count(self, verdict: Verdict, eager: bool) -> None:
+        """Count a verdict in; ``eager`` says whether it is about eager calls."""
+        reasons = dict.fromkeys(verdict.fallbacks, 0)
+        for reason in verdict.fallbacks if eager else ():
+            reasons[reason] += 1
+        keys = set(verdict.compile_keys)
+        self.add(
+            Tally({verdict.implementation: reasons} if reasons else {}, {verdict.implementation: keys} if keys else {})
+        )
+
+    def add(self, other: Tally) -> None:
+        """Count ``other`` in; the order in which tallies are added makes no difference."""
+        for name, reasons in other.fallbacks.items():
+            known = self.fallbacks.setdefault(name, {})
+            for reason, count in reasons.items():
+                known[reason] = known.get(reason, 0) + count
+        for name, keys in other.compile_keys.items():
+            self.compile_keys.setdefault(name, set()).update(keys)
+
+    def in_order(self) -> Tally:
+        """The same in the order of names and reasons, whatever the order in which it was counted."""
+        return Tally(
+            {name: dict(sorted(reasons.items())) for name, reasons in sorted(self.fallbacks.items())},
+            dict(sorted(self.compile_keys.items())),
+        )
+
+
 class RunStarted(Struct, frozen=True):
     """The run's options, the device line and the subjects; everything the run is a function of."""
 
@@ -80,6 +123,7 @@ class RunStarted(Struct, frozen=True):
     device: str
     version: str
     subjects: tuple[Subject, ...]
+    executors: tuple[str, ...]
     planned_cases: int
     workers: int
 
@@ -151,6 +195,7 @@ class RunFinished(Struct, frozen=True):
     """The end: the matrix, how many cases in how many seconds of drawing and judging, and why it stopped."""
 
     matrix: Matrix
+    tally: Tally
     cases: int
     seconds: float
     stop: StopReason

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import msgspec
 
-from nsa_verify.core.findings import EXPLANATIONS
+from nsa_verify.core.findings import EXPLANATIONS, Finding
 from nsa_verify.engine.corpus import CorpusError, Entry, Kind, Provenance, SavedFinding, dumps, save
 from nsa_verify.engine.events import Disagreement
+from nsa_verify.engine.plan import EAGER
 
 
 def entry_of(found: Disagreement, provenance: Provenance) -> Entry:
@@ -30,12 +31,18 @@ def entry_of(found: Disagreement, provenance: Provenance) -> Entry:
     )
 
 
+def _slug(finding: Finding) -> str:
+    """One per signature: the minimal case may be the same under two executors, and each must be kept."""
+    executor = "" if finding.executor == EAGER else f"-{finding.executor}"
+    return f"{finding.code}-{finding.implementation}{executor}"
+
+
 def keep(found: Disagreement, root: Path, provenance: Provenance) -> Disagreement:
     """Save ``found`` under ``root/crashing``; if that fails the entry's text is in the result, so nothing is lost."""
     entry = entry_of(found, provenance)
     finding = found.finding
     try:
-        path = save(root, Kind.CRASHING, entry, f"{finding.code}-{finding.implementation}")
+        path = save(root, Kind.CRASHING, entry, _slug(finding))
     except CorpusError as error:
         return msgspec.structs.replace(found, problem=str(error), json=dumps(entry))
     return msgspec.structs.replace(found, path=path)

@@ -16,15 +16,22 @@ ROUND_CASES: Final = 10
 Ten, because from its eleventh example on Hypothesis varies earlier examples more than it draws new ones.
 """
 
+EAGER: Final = "eager"
+"""The executor that calls implementations directly; the others replay captured graphs."""
+
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """The options of a run. ``max_time_s`` of 0 means no limit; ``only`` of () means every implementation."""
+    """The options of a run.
+
+    ``max_time_s`` of 0 means no limit; ``only`` of () means every implementation, ``executors`` of () all that the
+    device has.
+    """
 
     seed: int = 0
     max_examples: int = 200
     max_time_s: float = 0.0
     modes: tuple[Mode, ...] = tuple(Mode)
-    executors: tuple[str, ...] = ("eager",)
+    executors: tuple[str, ...] = ()
     device: str = "auto"
     references: tuple[str, ...] = ()
     """What ``--impl`` named."""

@@ -27,6 +27,7 @@ from nsa_verify.engine.events import (
     RunStarted,
     Shrinking,
     StopReason,
+    Tally,
     WorkersReady,
 )
 from nsa_verify.engine.plan import Plan, digest
@@ -41,6 +42,7 @@ class _State:
     """What the rounds gave so far."""
 
     matrix: Matrix = field(default_factory=Matrix)
+    tally: Tally = field(default_factory=Tally)
     cases: int = 0
     digests: dict[int, str] = field(default_factory=dict)
     first: dict[Signature, tuple[int, Seen]] = field(default_factory=dict)
@@ -51,16 +53,23 @@ class _State:
 def search(plan: Plan, keep: Keep, version: str, options: dict[str, str]) -> Iterator[Event]:
     """Run ``plan``. Raises ``ImplementationError``, ``DeviceError`` and ``EngineError`` when it cannot do its job.
 
+    ``options`` are told as they are, but for ``executors``, which are told as they turn out to be on the device.
     Whatever was seen is kept, also if the run is interrupted or a worker dies.
     """
     began = time.perf_counter()
     state = _State()
     with Crew(plan.workers) as crew:
         said = crew.hello(plan)
-        started = RunStarted(
-            plan.seed, options, said.description, version, said.subjects, plan.max_examples, plan.workers
+        yield RunStarted(
+            seed=plan.seed,
+            options=options | {"executors": ",".join(said.executors)},
+            device=said.description,
+            version=version,
+            subjects=said.subjects,
+            executors=said.executors,
+            planned_cases=plan.max_examples,
+            workers=plan.workers,
         )
-        yield started
         yield WorkersReady(time.perf_counter() - began)
         began = time.perf_counter()
         try:
@@ -74,7 +83,7 @@ def search(plan: Plan, keep: Keep, version: str, options: dict[str, str]) -> Ite
     yield from _leftovers(state, keep, note)
     signatures = tuple(sorted(state.first))
     whole = digest([state.digests[index] for index in sorted(state.digests)])
-    yield RunFinished(state.matrix, state.cases, seconds, state.stop, signatures, whole)
+    yield RunFinished(state.matrix, state.tally.in_order(), state.cases, seconds, state.stop, signatures, whole)
 
 
 def _rounds(plan: Plan, crew: Crew, state: _State) -> Iterator[Event]:
@@ -102,6 +111,7 @@ def _rounds(plan: Plan, crew: Crew, state: _State) -> Iterator[Event]:
 
 def _round(state: _State, result: RoundResult) -> Iterator[Event]:
     state.matrix.add(result.matrix)
+    state.tally.add(result.tally)
     state.cases += result.cases
     state.digests[result.index] = result.digest
     yield RoundFinished(result.index, result.cases, state.cases, result.digest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -15,6 +16,7 @@ from functools import lru_cache
 from multiprocessing import parent_process
 from multiprocessing.synchronize import Barrier
 from multiprocessing.synchronize import Event as EventType
+from multiprocessing.util import Finalize
 from threading import BrokenBarrierError
 from typing import TYPE_CHECKING
 
@@ -23,18 +25,21 @@ from msgspec import Struct
 
 from nsa_verify.core.case import Case, size_of
 from nsa_verify.core.findings import Finding, Outcome, Signature, Verdict
-from nsa_verify.core.implementation import Implementation
+from nsa_verify.core.implementation import Implementation, take_fallbacks
 from nsa_verify.core.registry import ImplementationError, load
 from nsa_verify.engine.drawing import draw_round, shrink_round
-from nsa_verify.engine.events import Cell, Matrix, Reliability, Subject
-from nsa_verify.engine.plan import Plan, digest
+from nsa_verify.engine.events import Cell, Matrix, Reliability, Subject, Tally
+from nsa_verify.engine.plan import EAGER, Plan, digest
 
 if TYPE_CHECKING:
+    from nsa_verify.device.driving import Executor
     from nsa_verify.device.judge import Judge
 
 RELIABILITY_RUNS = 5
 REPEAT_EVERY = 2
 """While cases are drawn, every second one is checked for idempotence; shrinking and replaying always check."""
+DELAY_EVERY = 10
+"""The same for the delay of the stream, which costs more. The first case of a round is too simple to show anything."""
 
 
 class Hello(Struct):
@@ -43,6 +48,7 @@ class Hello(Struct):
     device: str
     description: str
     subjects: tuple[Subject, ...]
+    executors: tuple[str, ...]
 
 
 class Seen(Struct):
@@ -67,6 +73,7 @@ class RoundResult(Struct):
     index: int
     cases: int
     matrix: Matrix
+    tally: Tally
     seen: list[Seen]
     unjudged: list[Unjudged]
     digest: str
@@ -105,6 +112,7 @@ def obey(stop: EventType, all_ready: Barrier) -> None:
     global _engine_stops, _all_ready
     _engine_stops, _all_ready = stop, all_ready
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Finalize(None, close, exitpriority=0)
     threading.Thread(target=_follow_engine, daemon=True).start()
 
 
@@ -114,6 +122,14 @@ def _follow_engine() -> None:
     assert engine is not None
     engine.join()
     os._exit(1)
+
+
+def close() -> None:
+    """Give back what was kept for the next case: graphs are destroyed now, and not in whatever order Python ends in."""
+    if "nsa_verify.device.rig" in sys.modules:
+        from nsa_verify.device.rig import close_rigs
+
+        close_rigs()
 
 
 def stop(stopping: bool = True) -> None:
@@ -143,12 +159,23 @@ def prepare(device: str, references: tuple[str, ...], only: tuple[str, ...]) -> 
     return chosen, tuple(it for name, it in known.items() if not only or name in only)
 
 
+def drivers(device: str, names: tuple[str, ...]) -> tuple[Executor, ...]:
+    """The executors called ``names``, or all that ``device`` has if none is named.
+
+    Raises ``DeviceError`` for one that needs another device, ``ValueError`` for one that there is not.
+    """
+    from nsa_verify.device.executors import executors_for
+
+    return executors_for(device, names)
+
+
 def hello(plan: Plan) -> Hello:
     """Start up and say what is here; returns when every worker has got that far, or one has failed to."""
     from nsa_verify.device.select import describe
 
     try:
         device, implementations = prepare(plan.device, plan.references, plan.only)
+        executors = tuple(it.name for it in drivers(device, plan.executors))
     except BaseException:
         if _all_ready is not None:
             _all_ready.abort()
@@ -160,31 +187,33 @@ def hello(plan: Plan) -> Hello:
         Subject(it.name, it.source, str(it.extent), tuple(mode for mode in plan.modes if mode in it.modes))
         for it in implementations
     )
-    return Hello(device, describe(device), subjects)
+    return Hello(device, describe(device), subjects, executors)
 
 
 def run_round(plan: Plan, index: int, deadline: float = 0.0) -> RoundResult:
     """Judge every case of round ``index``; past ``deadline`` (epoch seconds, 0: none) cases are left out."""
     device, implementations = prepare(plan.device, plan.references, plan.only)
     started = time.perf_counter()
-    result = RoundResult(index, 0, Matrix(), [], [], "", 0.0)
+    result = RoundResult(index, 0, Matrix(), Tally(), [], [], "", 0.0)
     lines: list[str] = []
     named = {it.name: it for it in implementations}
+    executors = {it.name: it for it in drivers(device, plan.executors)}
 
     def visit(case: Case) -> None:
         stop_if_asked()
         if deadline and time.time() > deadline:
             return
         repeat = result.cases % REPEAT_EVERY == 0
-        verdicts = judge_case(case, implementations, plan.executors, device, repeat)
+        delay = result.cases % DELAY_EVERY == DELAY_EVERY // 2
+        verdicts = judge_case(case, implementations, plan.executors, device, repeat, delay)
         stop_if_asked()
         for verdict in verdicts:
-            _count(result, case, verdict, named[verdict.implementation])
+            _count(result, case, verdict, named[verdict.implementation], executors[verdict.executor])
             lines.append(f"{msgspec.json.encode(case).decode()} {_summary(verdict)}")
         result.cases += 1
 
     try:
-        draw_round(plan, index, visit)
+        draw_round(plan, device, index, visit)
     except KeyboardInterrupt:
         result.stopped = True
     result.digest = digest(lines)
@@ -198,13 +227,21 @@ def judge_case(
     executors: tuple[str, ...],
     device: str,
     repeat: bool = True,
+    delay: bool = True,
 ) -> list[Verdict]:
-    """The verdicts of every implementation under every executor; ``repeat`` adds the check for idempotence."""
-    from nsa_verify.device.executors import EXECUTORS
+    """The verdicts of every implementation under every one of ``executors`` (none: all that ``device`` has).
+
+    ``repeat`` and ``delay`` are those of ``Judge.judge``. Raises as ``drivers`` does.
+    """
     from nsa_verify.device.judge import Judge
 
     judge: Judge = Judge(case, device)
-    return [judge.judge(it, EXECUTORS[executor], repeat) for executor in executors for it in implementations]
+    verdicts = []
+    for executor in drivers(device, executors):
+        for it in implementations:
+            take_fallbacks()  # what was reported while an earlier verdict was looked into is nobody's
+            verdicts.append(judge.judge(it, executor, repeat, delay))
+    return verdicts
 
 
 def judge_saved(plan: Plan, case: Case) -> list[Verdict]:
@@ -246,7 +283,7 @@ def shrink(plan: Plan, index: int, signature: Signature) -> ShrinkResult | None:
 
     stable, stopped = True, False
     try:
-        stable = shrink_round(plan, index, shows)
+        stable = shrink_round(plan, device, index, shows)
     except KeyboardInterrupt:
         stopped = True
     if not shown:
@@ -262,15 +299,16 @@ def _disagrees(case: Case, accused: tuple[Implementation, ...], signature: Signa
     return judge_case(case, accused, (signature.executor,), device)[0].outcome is Outcome.DISAGREE
 
 
-def _count(result: RoundResult, case: Case, verdict: Verdict, judged: Implementation) -> None:
+def _count(result: RoundResult, case: Case, verdict: Verdict, judged: Implementation, executor: Executor) -> None:
     primary = verdict.primary
+    result.tally.count(verdict, eager=verdict.executor == EAGER)
     if verdict.outcome is Outcome.UNKNOWN:
         result.unjudged.append(Unjudged(verdict, case))
     if primary is not None and all(seen.signature != primary.signature for seen in result.seen):
         result.seen.append(Seen(primary.signature, primary, case, result.cases))
     for mode in dict.fromkeys(replay.mode for replay in case.replays):
         cell = Cell()
-        reason = judged.not_applicable(case.setup, mode)
+        reason = executor.not_applicable(judged, case.setup, mode)
         unknown = verdict.outcome is Outcome.UNKNOWN
         if reason is None and (unknown or mode in verdict.modes):
             cell.cases = 1
@@ -278,6 +316,7 @@ def _count(result: RoundResult, case: Case, verdict: Verdict, judged: Implementa
             cell.disagree = int(primary is not None and primary.mode is mode)
         else:
             cell.not_applicable = 1
+            cell.not_capturable = int(reason is not None and judged.not_applicable(case.setup, mode) is None)
             cell.reasons[reason or verdict.reason] = 1
         result.matrix.cell(verdict.implementation, verdict.executor, mode).add(cell)
 

@@ -80,7 +80,7 @@ def run(
         max_examples=max_examples or PROFILES[profile],
         max_time_s=seconds(max_time),
         modes=tuple(mode for mode in Mode if mode in modes) or tuple(Mode),
-        executors=tuple(dict.fromkeys(executors)) or ("eager",),
+        executors=tuple(dict.fromkeys(executors)),
         device=device,
         references=references,
         only=only,
@@ -178,6 +178,9 @@ def exit_code(finished: RunFinished, started: RunStarted, plan: Plan, unsaved: S
     judged = {name for (name, _, _), cell in finished.matrix.cells.items() if cell.cases}
     idle = [subject.name for subject in started.subjects if subject.name not in judged]
     more = "give it more time" if finished.stop is StopReason.TIME else "draw more cases, or other modes with --mode"
+    refused = {name for (name, _, _), cell in finished.matrix.cells.items() if cell.not_capturable}
+    if idle and refused.issuperset(idle):
+        more = "declared not capturable, so give --executor eager"
     if not judged:
         return ExitCode.UNABLE, f"nothing was tested; {more}"
     if idle and (plan.references or plan.only):

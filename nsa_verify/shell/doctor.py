@@ -12,6 +12,8 @@ from pathlib import Path
 import click
 
 from nsa_verify import __version__
+from nsa_verify.core.case import Case, Replay, Request, Setup
+from nsa_verify.core.findings import Outcome
 from nsa_verify.core.registry import ImplementationError, load
 from nsa_verify.engine.corpus import CorpusError, check_writable, scan
 from nsa_verify.shell import options as opt
@@ -59,8 +61,28 @@ def _versions() -> Iterator[str]:
 def _device(device: str) -> Iterator[str]:
     from nsa_verify.device.select import describe, resolve
 
-    yield describe(resolve(device))
+    chosen = resolve(device)
+    yield describe(chosen)
+    yield _graphs(chosen)
     yield f"compute-sanitizer {shutil.which('compute-sanitizer') or 'not on the PATH (optional)'}"
+
+
+def _graphs(device: str) -> str:
+    """Capture and replay a small graph; raises ``RuntimeError`` if that cannot be done here."""
+    from nsa_verify.device.executors import executors_for
+    from nsa_verify.device.judge import verify
+    from nsa_verify.device.rig import close_rigs
+
+    name = next(it.name for it in executors_for(device) if it.device == device)
+    case = Case(Setup(), (Replay(requests=(Request(),)),))
+    try:
+        verdict = verify(case, "vectorized", name, device)
+    finally:
+        close_rigs()
+    if verdict.outcome is not Outcome.AGREE:
+        why = verdict.primary.message if verdict.primary is not None else verdict.reason
+        raise RuntimeError(f"graphs cannot be captured with {name}: {why}")
+    return f"graphs can be captured and replayed ({name})"
 
 
 def _implementations(references: tuple[str, ...]) -> Iterator[str]:

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -95,12 +95,15 @@ MODE = click.option(
     metavar="MODE",
     help=f"Draw this mode only ({', '.join(Mode)}); may be repeated.",
 )
+EXECUTORS: Final = ("eager", "graph", "simulated-graph")
+"""The names of ``nsa_verify.device.executors``, for those who must not import torch."""
 EXECUTOR = click.option(
     "--executor",
     "executors",
     multiple=True,
-    type=click.Choice(["eager"]),
-    help="How implementations are driven; may be repeated. [default: eager]",
+    type=click.Choice(EXECUTORS),
+    help="How implementations are driven: called (eager), or captured in a CUDA graph and replayed (graph on CUDA, "
+    "simulated-graph on the CPU); may be repeated. [default: all that the device has]",
 )
 DEVICE = click.option(
     "--device",

@@ -1,17 +1,19 @@
 """The pytest plugin: saved cases are test items.
 
 It does nothing until a corpus is named (``--nsa-corpus``, the ini option ``nsa_corpus`` or ``NSA_VERIFY_CORPUS``), and
-imports torch only when a saved case is collected. Each file gives one item per applicable implementation, called
-``<file stem>[<implementation>]``; a damaged file gives one item that fails with the sentence that says why.
+imports torch only when a saved case is collected. Each file gives an item per applicable implementation and executor,
+called ``<file stem>[<implementation>]`` where it is called eagerly and ``<file stem>[<implementation>-<executor>]``
+where it is captured; a damaged file gives one item that fails with the sentence that says why.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from nsa_verify.core.case import Case
     from nsa_verify.core.findings import Verdict
     from nsa_verify.core.implementation import Implementation
+    from nsa_verify.device.driving import Executor
     from nsa_verify.engine.corpus import Entry
 
 
@@ -33,6 +36,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--nsa-impl", action="append", default=[], metavar="REF", help="run this implementation as well")
     group.addoption("--nsa-only", action="append", default=[], metavar="NAME", help="run this implementation only")
     group.addoption("--nsa-device", choices=["auto", "cpu", "cuda"], default=None, help="where to run saved cases")
+    group.addoption(
+        "--nsa-executor",
+        action="append",
+        default=[],
+        choices=["eager", "graph", "simulated-graph"],
+        help="drive implementations this way only (default: every way that the device has)",
+    )
     parser.addini("nsa_corpus", "folder of saved cases, relative to the ini file", default="")
 
 
@@ -59,6 +69,14 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
     return SavedCase.from_parent(parent, path=file_path)
 
 
+def pytest_sessionfinish() -> None:
+    """Close the graphs of the cases that were run."""
+    if "nsa_verify.engine.worker" in sys.modules:
+        from nsa_verify.engine.worker import close
+
+        close()
+
+
 def _corpus(config: pytest.Config) -> Path | None:
     given = config.getoption("--nsa-corpus") or os.environ.get("NSA_VERIFY_CORPUS")
     if given:
@@ -71,7 +89,7 @@ class SavedCase(pytest.File):
     """One file of the corpus."""
 
     def collect(self) -> Iterable[pytest.Item]:
-        """One item per applicable implementation, or one that says what is wrong with the file."""
+        """One item per applicable implementation and executor, or one that says what is wrong with the file."""
         from nsa_verify.engine.corpus import CorpusError, load
 
         try:
@@ -79,27 +97,37 @@ class SavedCase(pytest.File):
         except CorpusError as error:
             yield DamagedCase.from_parent(self, name=self.path.stem, problem=str(error))
             return
-        device, implementations = _implementations(self.config)
-        applicable = [it for it in implementations if _applies(it, entry.case)]
-        for it in applicable:
-            name = f"{self.path.stem}[{it.name}]"
-            yield CaseItem.from_parent(self, name=name, entry=entry, implementation=it, device=device)
-        if not applicable:
+        device, implementations, executors = _chosen(self.config)
+        idle = True
+        for it in implementations:
+            for executor in executors:
+                if _applies(executor, it, entry.case):
+                    idle = False
+                    way = "" if executor.name == "eager" else f"-{executor.name}"
+                    name = f"{self.path.stem}[{it.name}{way}]"
+                    run = Run(entry, it, executor.name, device)
+                    yield CaseItem.from_parent(self, name=name, run=run)
+        if idle:
             yield IdleCase.from_parent(self, name=self.path.stem)
 
 
-def _applies(implementation: Implementation, case: Case) -> bool:
-    return any(implementation.not_applicable(case.setup, replay.mode) is None for replay in case.replays)
+def _applies(executor: Executor, implementation: Implementation, case: Case) -> bool:
+    return any(executor.not_applicable(implementation, case.setup, replay.mode) is None for replay in case.replays)
 
 
-def _implementations(config: pytest.Config) -> tuple[str, tuple[Implementation, ...]]:
+def _chosen(config: pytest.Config) -> tuple[str, tuple[Implementation, ...], tuple[Executor, ...]]:
+    """The device, and what runs on it by the options."""
     from nsa_verify.core.registry import ImplementationError
     from nsa_verify.device.select import DeviceError
-    from nsa_verify.engine.worker import prepare
+    from nsa_verify.engine.worker import drivers, prepare
 
-    device = config.getoption("--nsa-device") or os.environ.get("NSA_VERIFY_DEVICE") or "auto"
+    wanted = config.getoption("--nsa-device") or os.environ.get("NSA_VERIFY_DEVICE") or "auto"
+    references, only, executors = (
+        tuple(dict.fromkeys(config.getoption(f"--nsa-{name}"))) for name in ("impl", "only", "executor")
+    )
     try:
-        return prepare(device, tuple(config.getoption("--nsa-impl")), tuple(config.getoption("--nsa-only")))
+        device, implementations = prepare(wanted, references, only)
+        return device, implementations, drivers(device, executors)
     except (ImplementationError, DeviceError) as error:
         # A sentence of this exception is shown without a traceback.
         raise pytest.Collector.CollectError(re.sub("^--", "--" + PREFIX, str(error))) from error
@@ -113,23 +141,31 @@ class CaseFailed(Exception):
         self.case, self.verdict = case, verdict
 
 
-class CaseItem(pytest.Item):
-    """One saved case under one implementation."""
+class Run(NamedTuple):
+    """What one item does."""
 
-    def __init__(
-        self, name: str, parent: pytest.Collector, entry: Entry, implementation: Implementation, device: str
-    ) -> None:
+    entry: Entry
+    implementation: Implementation
+    executor: str
+    device: str
+
+
+class CaseItem(pytest.Item):
+    """One saved case under one implementation and executor."""
+
+    def __init__(self, name: str, parent: pytest.Collector, run: Run) -> None:
         super().__init__(name, parent)
-        self._entry, self._implementation, self._device = entry, implementation, device
+        self._run = run
 
     def runtest(self) -> None:
         """Judge the case."""
         from nsa_verify.core.findings import Outcome
         from nsa_verify.engine.worker import judge_case
 
-        for verdict in judge_case(self._entry.case, (self._implementation,), ("eager",), self._device):
+        entry, implementation, executor, device = self._run
+        for verdict in judge_case(entry.case, (implementation,), (executor,), device):
             if verdict.outcome is not Outcome.AGREE:
-                raise CaseFailed(self._entry.case, verdict)
+                raise CaseFailed(entry.case, verdict)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
         """The case and the first difference, instead of a traceback through the checker."""
@@ -141,7 +177,7 @@ class CaseItem(pytest.Item):
         from nsa_verify.shell.render import case_lines, finding_lines, title
 
         verdict, finding = failed.verdict, failed.verdict.primary
-        yield self._entry.title
+        yield self._run.entry.title
         if finding is None:
             yield f"{verdict.outcome}: {verdict.reason}"
             return
@@ -159,7 +195,7 @@ class IdleCase(pytest.Item):
 
     def runtest(self) -> None:
         """Skip with the reason."""
-        pytest.skip("no implementation is applicable; choose others with --nsa-only or --nsa-impl")
+        pytest.skip("no implementation is applicable; choose others with --nsa-only, --nsa-impl or --nsa-executor")
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
         """Where the item comes from."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 import msgspec
 
@@ -10,7 +11,7 @@ from nsa_verify.core.case import Case, Mode, Setup, SlotKind
 from nsa_verify.core.findings import EXPLANATIONS, Code, Finding
 from nsa_verify.core.oracle import batch
 from nsa_verify.device.layout import is_poison
-from nsa_verify.engine.events import Cell, Matrix, Subject
+from nsa_verify.engine.events import Cell, Matrix, Subject, Tally
 
 MAX_ROWS = 12
 """Requests of a replay that are shown; the rest is counted."""
@@ -119,34 +120,64 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+NOT_CAPTURABLE: Final = "not capturable"
+
+
 def cell_text(cell: Cell | None) -> str:
     """A matrix cell: how many cases agreed, disagreed, could not be judged, were not applicable."""
     if cell is None:
         return "not drawn"
+    if cell.not_capturable and not cell.cases:
+        return NOT_CAPTURABLE
     agreed = cell.cases - cell.disagree - cell.unknown
     parts = {"agree": agreed, "DISAGREE": cell.disagree, "UNKNOWN": cell.unknown, "n/a": cell.not_applicable}
     return ", ".join(f"{count} {name}" for name, count in parts.items() if count) or "none"
 
 
+def matrix_rows(
+    matrix: Matrix, subjects: Iterable[Subject], executors: Sequence[str], modes: Sequence[Mode]
+) -> list[tuple[str, ...]]:
+    """Header and one row per (implementation, mode), a column per executor; no row if no case was judged."""
+    rows: list[tuple[str, ...]] = [("implementation", "mode", *executors)]
+    for subject in subjects if matrix.cells else ():
+        for mode in modes:
+            cells = [matrix.cells.get((subject.name, executor, mode)) for executor in executors]
+            rows.append((subject.name, mode, *(cell_text(cell) for cell in cells)))
+    return rows
+
+
 def reason_lines(matrix: Matrix) -> list[str]:
-    """Why cases were not applicable: a line per implementation and reason, with the modes and how many cases."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for (implementation, _, mode), cell in sorted(matrix.cells.items()):
+    """Why cases were not applicable: a line per implementation and reason, with the modes and how many cases.
+
+    A reason that holds under some executors only is said of each of them.
+    """
+    executors = {executor for _, executor, _ in matrix.cells}
+    modes = {mode for _, _, mode in matrix.cells}
+    found: dict[tuple[str, str], dict[str, dict[Mode, int]]] = {}
+    for (implementation, executor, mode), cell in sorted(matrix.cells.items()):
         for reason, count in sorted(cell.reasons.items()):
-            found.setdefault((implementation, reason), []).append(f"{mode} {count}")
-    rows = [("n/a", implementation, f"{reason} ({', '.join(at)})") for (implementation, reason), at in found.items()]
+            found.setdefault((implementation, reason), {}).setdefault(executor, {})[mode] = count
+    rows = []
+    for (implementation, reason), under in found.items():
+        first = next(iter(under.values()))
+        same = under.keys() == executors and all(counts == first for counts in under.values())
+        for which, counts in {"": first}.items() if same else under.items():
+            where = ", ".join(f"{mode} {count}" for mode, count in counts.items())
+            if len(modes) > 1 and counts.keys() == modes:
+                where = f"every mode: {sum(counts.values())}"
+            rows.append(("n/a", implementation, f"{which}{': ' if which else ''}{reason} ({where})"))
     return columns(rows) if rows else []
 
 
-def matrix_rows(matrix: Matrix, subjects: Iterable[Subject], modes: Sequence[Mode]) -> list[tuple[str, ...]]:
-    """Header and one row per (implementation, executor); no row if no case was judged."""
-    executors = sorted({executor for _, executor, _ in matrix.cells})
-    rows: list[tuple[str, ...]] = [("implementation", "executor", *modes)]
-    for subject in subjects:
-        for executor in executors:
-            cells = [matrix.cells.get((subject.name, executor, mode)) for mode in modes]
-            rows.append((subject.name, executor, *(cell_text(cell) for cell in cells)))
-    return rows
+def tally_lines(tally: Tally) -> list[str]:
+    """How many kernels were compiled for whom, and which fallbacks were reported; nothing for those who did neither."""
+    counts = ", ".join(f"{name} {len(keys)}" for name, keys in tally.compile_keys.items())
+    lines = [f"compile keys: {counts}"] if counts else []
+    for name, reasons in tally.fallbacks.items():
+        for reason, count in reasons.items():
+            often = f"x {count}" if count else "(while a graph was captured)"
+            lines.append(f"fallbacks: {name}: {reason} {often}")
+    return lines
 
 
 def json_text(value: object) -> str:

@@ -53,8 +53,9 @@ def replay(
         if not paths:
             raise Unable(f"{path or corpus}: holds no saved case; nothing was tested")
         count = opt.worker_count(workers, device, no_isolation, 1 + len(paths) // 20)
-        chosen = tuple(dict.fromkeys(executors)) or ("eager",)
-        plan = Plan(device=device, references=references, only=only, executors=chosen, workers=count)
+        plan = Plan(
+            device=device, references=references, only=only, executors=tuple(dict.fromkeys(executors)), workers=count
+        )
         results: list[Replayed] = []
         interrupted = False
         try:
@@ -81,7 +82,8 @@ def replay(
 
 def _show(out: Console, event: Hello | Replayed, paths: int) -> None:
     if isinstance(event, Hello):
-        say(out, f"{counted(paths, 'saved case')} on {event.description}", "bold")
+        executors = ",".join(event.executors)
+        say(out, f"{counted(paths, 'saved case')} on {event.description}; executors {executors}", "bold")
         return
     style = _STYLES[event.status]
     if event.problem:
@@ -104,5 +106,5 @@ def _builtins(result: Replayed) -> dict[str, object]:
         "path": str(result.path),
         "status": result.status,
         "problem": result.problem,
-        "verdicts": msgspec.to_builtins(result.verdicts),
+        "verdicts": msgspec.to_builtins(result.verdicts, order="sorted"),
     }

@@ -30,6 +30,7 @@ from nsa_verify.engine.events import (
 )
 from nsa_verify.engine.plan import Plan
 from nsa_verify.shell.render import (
+    NOT_CAPTURABLE,
     case_lines,
     columns,
     counted,
@@ -37,6 +38,7 @@ from nsa_verify.shell.render import (
     json_text,
     matrix_rows,
     reason_lines,
+    tally_lines,
     title,
 )
 
@@ -202,11 +204,12 @@ class TerminalReporter:
 
     def _finish(self, event: RunFinished) -> None:
         assert self._started is not None
-        rows = matrix_rows(event.matrix, self._started.subjects, self._plan.modes)
+        started = self._started
+        rows = matrix_rows(event.matrix, started.subjects, started.executors, self._plan.modes)
         if len(rows) > 1:
             self._line()
             self._matrix(rows)
-            for line in reason_lines(event.matrix):
+            for line in [*reason_lines(event.matrix), *tally_lines(event.tally)]:
                 self._line(line)
         self._line()
         rate = event.cases / event.seconds if event.seconds else 0.0
@@ -222,7 +225,7 @@ class TerminalReporter:
                 self._line("no disagreement" if event.cases else "nothing was judged", "green" if event.cases else None)
             return
         self._line(f"{counted(len(event.signatures), 'distinct disagreement')}:", "bold red")
-        for found in self._found:
+        for found in sorted(self._found, key=lambda it: it.signature):
             self._line(f"  {found.signature}  {found.path or 'NOT SAVED'}")
 
     def _matrix(self, rows: Sequence[Sequence[str]]) -> None:
@@ -235,18 +238,22 @@ class TerminalReporter:
         for name in rows[0]:
             table.add_column(Text(name), overflow="fold", min_width=len(name))
         for row in rows[1:]:
-            wrong = ["DISAGREE" in cell or "UNKNOWN" in cell for cell in row]
-            table.add_row(*(Text(cell, "red" if red else "") for cell, red in zip(row, wrong, strict=True)))
+            table.add_row(*(Text(cell, _cell_style(cell)) for cell in row))
         self._out.print(table)
+
+
+def _cell_style(cell: str) -> str:
+    if "DISAGREE" in cell or "UNKNOWN" in cell:
+        return "red"
+    return "dim" if cell == NOT_CAPTURABLE else ""
 
 
 def reproduce(found: Disagreement, plan: Plan) -> str:
     """The command that runs the saved case again, as a shell takes it."""
     words = ["nsa-verify", "replay", str(found.path), "--only", found.signature.implementation]
+    words += ["--executor", found.signature.executor]
     for reference in plan.references:
         words += ["--impl", reference]
-    if found.signature.executor != "eager":
-        words += ["--executor", found.signature.executor]
     if plan.device != "auto":
         words += ["--device", plan.device]
     return shlex.join(words)
@@ -279,6 +286,7 @@ class JsonReporter:
 
     def close(self, code: int, problem: str) -> None:
         """Print the document."""
+        self._document["findings"].sort(key=lambda it: (it["implementation"], it["executor"], it["code"]))
         self._document |= {"exit_code": code, "error": problem}
         say(self._out, json_text(self._document))
 
@@ -289,3 +297,4 @@ class JsonReporter:
         rate = event.cases / event.seconds if event.seconds else 0.0
         self._document |= {"matrix": matrix, "cases": event.cases, "seconds": event.seconds, "cases_per_s": rate}
         self._document |= {"stop": str(event.stop), "digest": event.digest}
+        self._document |= {"fallbacks": event.tally.fallbacks, "compile_keys": event.tally.compile_keys}

@@ -25,13 +25,13 @@ from nsa_verify.engine.plan import Plan
 plan = Plan(seed=5, max_examples=45)
 drawn, probed = [], []
 for index in range(plan.rounds):
-    draw_round(plan, index, lambda case: drawn.append(repr(case)))
+    draw_round(plan, "cpu", index, lambda case: drawn.append(repr(case)))
 
 def shows(case):
     probed.append(repr(case))
     return sum(request.seq_len for replay in case.replays for request in replay.requests) > 20
 
-stable = shrink_round(plan, 1, shows)
+stable = shrink_round(plan, "cpu", 1, shows)
 print(json.dumps([drawn, probed, stable]))
 """
 
@@ -59,14 +59,14 @@ def test_the_same_cases_and_the_same_shrink_in_every_process(tmp_path: Path) -> 
     (tmp_path / "of_the_user.py").write_text(constants)
     drawn: list[str] = []
     for index in range(PLAN.rounds):
-        draw_round(PLAN, index, lambda case: drawn.append(repr(case)))
+        draw_round(PLAN, "cpu", index, lambda case: drawn.append(repr(case)))
     probed: list[str] = []
 
     def shows(case: Case) -> bool:
         probed.append(repr(case))
         return _long(case)
 
-    here = [drawn, probed, shrink_round(PLAN, 1, shows)]
+    here = [drawn, probed, shrink_round(PLAN, "cpu", 1, shows)]
     assert len(drawn) == PLAN.max_examples
     assert here == _elsewhere(tmp_path)
     assert here == _elsewhere(tmp_path, "import of_the_user", CI="1", PYTHONHASHSEED="7")
@@ -74,10 +74,10 @@ def test_the_same_cases_and_the_same_shrink_in_every_process(tmp_path: Path) -> 
 
 def test_a_round_is_drawn_alone() -> None:
     first: list[Case] = []
-    draw_round(PLAN, 2, first.append)
+    draw_round(PLAN, "cpu", 2, first.append)
     again: list[Case] = []
-    draw_round(PLAN, 0, lambda _: None)
-    draw_round(PLAN, 2, again.append)
+    draw_round(PLAN, "cpu", 0, lambda _: None)
+    draw_round(PLAN, "cpu", 2, again.append)
     assert first == again
     assert len(first) == PLAN.round_cases(2)
 
@@ -90,8 +90,25 @@ def test_a_shrink_that_meets_contradictions_says_so() -> None:
         calls += 1
         return calls == 3
 
-    assert shrink_round(PLAN, 0, now_and_then) is False
+    assert shrink_round(PLAN, "cpu", 0, now_and_then) is False
 
 
 def test_a_shrink_that_finds_nothing_says_so() -> None:
-    assert shrink_round(PLAN, 0, lambda _: False) is False
+    assert shrink_round(PLAN, "cpu", 0, lambda _: False) is False
+
+
+def test_a_gpu_gets_larger_cases() -> None:
+    largest: dict[str, int] = {}
+    for device in ("cpu", "cuda"):
+        drawn: list[Case] = []
+        for index in range(PLAN.rounds):
+            draw_round(PLAN, device, index, drawn.append)
+        largest[device] = max(case.setup.buckets[-1] for case in drawn)
+    assert largest["cuda"] > largest["cpu"]
+
+
+def test_what_a_gpu_found_is_shrunk_among_its_own_cases() -> None:
+    drawn: list[Case] = []
+    draw_round(PLAN, "cuda", 0, drawn.append)
+    wide = max(drawn, key=lambda case: case.setup.buckets[-1]).setup.buckets[-1]
+    assert shrink_round(PLAN, "cuda", 0, lambda case: case.setup.buckets[-1] >= wide)

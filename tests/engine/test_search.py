@@ -26,6 +26,7 @@ from nsa_verify.engine.events import (
     RunStarted,
     Shrinking,
     StopReason,
+    Tally,
     WorkersReady,
 )
 from nsa_verify.engine.plan import Plan
@@ -42,7 +43,8 @@ def _registry() -> Iterator[None]:
 @pytest.fixture(name="plan", scope="module")
 def _plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     mine = written(tmp_path_factory.mktemp("plan"))
-    return Plan(seed=7, max_examples=50, references=(str(mine),), only=("short-top-k", "vectorized"))
+    only = ("short-top-k", "vectorized")
+    return Plan(seed=7, max_examples=50, references=(str(mine),), only=only, executors=("eager",))
 
 
 Told = tuple[list[Event], list[Disagreement]]
@@ -79,7 +81,8 @@ def test_events_come_in_order_and_tell_all(plan: Plan, told: Told) -> None:
     assert isinstance(started, RunStarted)
     assert isinstance(found, Disagreement)
     assert isinstance(finished, RunFinished)
-    assert (started.seed, started.options, started.version, started.planned_cases) == (7, {"an": "option"}, "1.0", 50)
+    options = {"an": "option", "executors": "eager"}
+    assert (started.seed, started.options, started.version, started.planned_cases) == (7, options, "1.0", 50)
     assert (found.problem, found.shrunk, found.reliability) == ("kept in a list", True, Reliability(5, 5))
     assert (finished.cases, finished.stop, finished.signatures) == (50, StopReason.EXAMPLES, (found.signature,))
 
@@ -124,7 +127,7 @@ def test_the_first_round_that_shows_a_signature_is_the_one_shrunk(told: Told) ->
     for index in (3, 1, 2):
         case = Case(Setup(), (Replay(requests=(Request(seq_len=1 + index),)),))
         first = Seen(seen.signature, seen.finding, case, 0)
-        list(module._round(state, RoundResult(index, 1, Matrix(), [first], [], f"d{index}", 0.0)))
+        list(module._round(state, RoundResult(index, 1, Matrix(), Tally(), [first], [], f"d{index}", 0.0)))
     index, kept = state.first[seen.signature]
     assert (index, kept.case.replays[0].requests[0].seq_len) == (1, 2)
     assert state.digests == {1: "d1", 2: "d2", 3: "d3"}
@@ -175,8 +178,9 @@ def test_reasons_are_those_of_the_mode(plan: Plan) -> None:
     mine: Implementation = implementations[0]
     replays = (Replay(requests=(Request(),)), Replay(mode=Mode.TARGET_VERIFY, requests=(Request(),)))
     case = Case(Setup(), replays)
-    result = RoundResult(0, 0, Matrix(), [], [], "", 0.0)
+    result = RoundResult(0, 0, Matrix(), Tally(), [], [], "", 0.0)
     (verdict,) = worker.judge_case(case, (mine,), ("eager",), device)
-    worker._count(result, case, verdict, mine)
+    (eager,) = worker.drivers(device, ("eager",))
+    worker._count(result, case, verdict, mine, eager)
     assert result.matrix.cells["short-top-k", "eager", Mode.DECODE].cases == 1
     assert result.matrix.cells["short-top-k", "eager", Mode.TARGET_VERIFY].reasons == {"mode not declared": 1}

@@ -27,7 +27,7 @@ def refresh(inputs, steps, setup):
         step.cache_seqlens.copy_(lens)
         step.nsa_cache_seqlens.copy_(lens.clamp(max=setup.index_topk - {too_low}))
         for sums, of in (step.cu_seqlens_k, lens), (step.nsa_cu_seqlens_k, step.nsa_cache_seqlens):
-            sums[0] = 0
+            sums[:1].zero_()
             sums[1:] = of.cumsum(0)
         slots = inputs.req_to_token[inputs.req_pool_indices[: inputs.batch_size].long(), : setup.table_width]
         step.page_table_1.copy_(slots)
@@ -78,6 +78,23 @@ def registry_of_its_own() -> Iterator[None]:
         declaring._registered.clear()
         declaring._registered.update(before)
         worker.prepare.cache_clear()
+
+
+def graph_executor() -> str:
+    """The name of the executor that captures graphs on this machine."""
+    from nsa_verify.device.select import resolve
+
+    return worker.drivers(resolve("auto"), ())[-1].name
+
+
+def executor_of_another_device() -> tuple[str, str]:
+    """One that this machine's device does not have, and the sentence that refuses it."""
+    from nsa_verify.device.executors import EXECUTORS
+    from nsa_verify.device.select import resolve
+
+    here, graph = resolve("auto"), graph_executor()
+    name, needs = next((name, it.device) for name, it in EXECUTORS.items() if it.device not in (None, here))
+    return name, f"--executor {name}: needs {needs} and not {here}; here are eager, {graph}"
 
 
 def invoke(*arguments: object) -> Result:

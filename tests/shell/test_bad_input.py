@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shell.commands import invoke, refused, saved, written
+from shell.commands import executor_of_another_device, invoke, refused, saved, written
 
 from nsa_verify.engine import keeping
 from nsa_verify.engine.corpus import CorpusError, Entry, Kind
 
 RUN = ("run", "-w", 1, "-n", 20, "--seed", 7, "--only", "vectorized")
+ELSEWHERE, REFUSED = executor_of_another_device()
+MINE = ("run", "--impl", "mine.py", "--only", "short-top-k", "--executor", "eager", "-n", 20, "--seed", 7, "-w", 1)
 
 
 @pytest.mark.parametrize(
@@ -35,14 +37,20 @@ RUN = ("run", "-w", 1, "-n", 20, "--seed", 7, "--only", "vectorized")
         (("run", "--impl", ""), "there is no module ''; give a file or an importable module"),
         (("run", "--impl", "json:tool"), "--impl json:tool: registers no implementation; decorate"),
         (("run", "--impl", "nsa_verify.kernels.vectorized:warp"), "registers vectorized, not 'warp'"),
-        (("run", "--only", "warp"), "--only warp: no such implementation; there are precomputed-copy, python-loop,"),
+        (
+            ("run", "--only", "warp"),
+            "--only warp: no such implementation; there are precomputed-batched-copy, precomputed-copy,",
+        ),
         (("run", "--device", "cuda"), "--device cuda: PyTorch sees no CUDA device here; use --device cpu, or"),
         (("run", "--device", "tpu"), "Invalid value for '--device': 'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         (("run", "--warp"), "No such option '--warp'"),
         (("run", "--warp"), "(see nsa-verify run --help)"),
         (("run", "--mode", "encode"), "Invalid value for '--mode': 'encode' is not a valid Mode; there are decode,"),
         (("run", "--profile", "dawn"), "Invalid value for '--profile': 'dawn' is not one of 'dev', 'ci', 'nightly'"),
-        (("run", "--executor", "warp"), "Invalid value for '--executor': 'warp' is not 'eager'"),
+        (("run", "--executor", "warp"), "'warp' is not one of 'eager', 'graph', 'simulated-graph' (see"),
+        (("run", "--executor", ELSEWHERE), REFUSED),
+        (("run", "--executor", "eager", "--executor", ELSEWHERE), REFUSED),
+        (("replay", "--executor", ELSEWHERE, "text.md"), REFUSED),
         (("run", "--max-time", "soon"), "--max-time soon: must be a time such as 90, 90s, 15m or 6h"),
         (("run", "--max-time", "-1"), "--max-time -1: must be a time"),
         (("run", "--max-time", "nan"), "--max-time nan: must be a time"),
@@ -125,7 +133,7 @@ def test_damaged_files_are_named_and_the_others_still_count(folder: Path, comman
         assert told[0].startswith(("ERROR  corpus/", "Error: corpus/"))
         assert sentence in told[0]
     if command[0] == "replay":
-        assert f"FIXED  {good.relative_to(folder)} (1 of 1 agree)\n" in done.stdout
+        assert f"FIXED  {good.relative_to(folder)} (2 of 2 agree)\n" in done.stdout
         assert f"1 FIXED, 0 FAILED, {len(DAMAGES)} ERROR\n" in done.stdout
     else:
         assert f"crashing/decode/{good.name}  NV101 short-top-k" in done.stdout
@@ -141,8 +149,7 @@ def test_a_corpus_that_becomes_unwritable_loses_nothing(
 
     monkeypatch.setattr(keeping, "save", refuse)
     written(folder)
-    run = ("run", "--impl", "mine.py", "--only", "short-top-k", "-n", 20, "--seed", 7, "-w", 1)
-    done = invoke(*run, *(["--json"] if as_json else []))
+    done = invoke(*MINE, *(["--json"] if as_json else []))
     assert refused(done) == "corpus: cannot save cases here: no space left on device; make room"
     if as_json:
         told = json.loads(done.stdout)
@@ -158,6 +165,7 @@ def test_a_corpus_that_becomes_unwritable_loses_nothing(
     printed = Path("by-hand.json")
     printed.write_text(text)
     again = invoke("replay", printed, "--impl", "mine.py", "--only", "short-top-k")
+    assert "(0 of 2 agree)" in again.stdout
     assert (again.exit_code, "1 FAILED" in again.stdout) == (1, True)
 
 
@@ -186,7 +194,7 @@ def test_a_reporter_that_fails_changes_nothing_but_the_report(folder: Path, monk
 
     monkeypatch.setattr(TerminalReporter, "_advance", fail)
     written(folder)
-    done = invoke("run", "--impl", "mine.py", "--only", "short-top-k", "-n", 20, "--seed", 7, "-w", 1)
+    done = invoke(*MINE)
     assert done.exit_code == 1
     assert done.stderr == "Error: the report failed (ValueError: cannot [print]); the run goes on without it\n"
     assert len(list(folder.glob("corpus/crashing/decode/*.json"))) == 1
@@ -198,7 +206,7 @@ def test_a_fault_of_the_program_itself_is_no_disagreement(folder: Path, monkeypa
 
     monkeypatch.setattr(keeping, "entry_of", fail)
     written(folder)
-    done = invoke("run", "--impl", "mine.py", "--only", "short-top-k", "-n", 20, "--seed", 7, "-w", 1)
+    done = invoke(*MINE)
     assert done.exit_code == 2
     assert "ZeroDivisionError: planted\n" in done.stderr
     assert done.stderr.endswith("Error: nsa-verify itself failed (ZeroDivisionError); please report the lines above\n")

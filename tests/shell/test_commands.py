@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from shell.commands import invoke, refused, saved
+from shell.commands import graph_executor, invoke, refused, saved
 
 from nsa_verify.core.findings import EXPLANATIONS, Code
 from nsa_verify.engine.corpus import load
@@ -81,8 +81,25 @@ def test_a_healthy_machine(folder: Path) -> None:
     done = invoke("doctor")
     assert (done.exit_code, done.stderr) == (0, "")
     assert all(line.startswith("ok       ") for line in done.stdout.splitlines())
-    assert "python-loop, vectorized, triton-fused, triton-inplace, precomputed-copy\n" in done.stdout
+    assert (
+        "ok       implementations: python-loop, vectorized, triton-fused, triton-inplace, precomputed-" in done.stdout
+    )
+    assert f"ok       device: graphs can be captured and replayed ({graph_executor()})\n" in done.stdout
     assert "ok       corpus: corpus: writable, 1 case\n" in done.stdout
+
+
+def test_a_machine_on_which_graphs_cannot_be_captured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_verify.device.rig import Rig
+
+    monkeypatch.setattr(Rig, "moved", lambda *_: "a buffer was moved")
+    done = invoke("doctor")
+    assert (done.exit_code, done.stderr) == (2, "")
+    (problem,) = (line for line in done.stdout.splitlines() if line.startswith("PROBLEM  "))
+    executor = graph_executor()
+    assert problem == (
+        f"PROBLEM  device: graphs cannot be captured with {executor}:"
+        " while capturing (decode, bucket 1): a buffer was moved"
+    )
 
 
 def test_everything_that_is_wrong_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,10 @@ from nsa_verify.engine import worker
 from nsa_verify.engine.corpus import load, scan
 from nsa_verify.engine.plan import ROUND_CASES
 
-FOUND = ("run", "--impl", "mine.py", "--only", "short-top-k", "-n", 40, "--seed", 7, "-w", 1)
+FOUND = (
+    *("run", "--impl", "mine.py", "--only", "short-top-k", "--mode", "decode", "--executor", "eager"),
+    *("-n", 40, "--seed", 7, "-w", 1),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +57,7 @@ def test_while_cases_are_drawn(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "\n30 cases in " in done.stdout
     assert ", interrupted; digest " in done.stdout
     assert "  case as it was drawn; interrupted before it was shrunk\n" in done.stdout
-    assert "\nshort-top-k     eager     " in done.stdout
+    assert "\nshort-top-k     decode  " in done.stdout
     assert len(list(scan(folder / "corpus"))) == 1
 
 

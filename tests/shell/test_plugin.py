@@ -9,8 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from shell.commands import invoke, registry_of_its_own, saved, written
+from shell.commands import (
+    executor_of_another_device,
+    graph_executor,
+    invoke,
+    registry_of_its_own,
+    saved,
+    written,
+)
 
+from nsa_verify.core.implementation import registered
 from nsa_verify.core.registry import load_builtin
 from nsa_verify.engine.plan import ROUND_CASES, Plan
 from nsa_verify.engine.worker import run_round
@@ -23,7 +31,8 @@ PLAIN = ("-p", "no:cacheprovider", "-p", "no:benchmark")
 # An inner run in this process forgets what it imported, and torch cannot be imported twice.
 load_builtin()
 
-BUILT_IN = ("python-loop", "vectorized", "triton-fused", "triton-inplace", "precomputed-copy")
+EAGER = ("--nsa-executor", "eager")
+ELSEWHERE, REFUSED = executor_of_another_device()
 
 
 @pytest.fixture(name="inner")
@@ -46,9 +55,43 @@ def _collected(result: pytest.RunResult) -> list[str]:
 
 def test_a_file_gives_an_item_per_implementation(inner: pytest.Pytester) -> None:
     stems = sorted(saved(inner.path, seq_len).stem for seq_len in (8, 9, 10))
-    result = _run(inner, "--nsa-corpus", "corpus", "--collect-only", "-q")
+    result = _run(inner, "--nsa-corpus", "corpus", "--collect-only", "-q", *EAGER)
     assert result.ret == 0
-    assert _collected(result) == [f"{stem}[{name}]" for stem in stems for name in BUILT_IN]
+    names = [name for name in registered() if f"{stems[0]}[{name}]" in _collected(result)]
+    assert names[:5] == ["python-loop", "vectorized", "triton-fused", "triton-inplace", "precomputed-copy"]
+    assert _collected(result) == [f"{stem}[{name}]" for stem in stems for name in names]
+
+
+def test_an_item_per_executor_that_is_applicable(inner: pytest.Pytester) -> None:
+    stem, graph = saved(inner.path).stem, graph_executor()
+    written(inner.path)
+    two = ("--nsa-only", "python-loop", "--nsa-only", "vectorized")
+    every = _run(inner, "--nsa-corpus", "corpus", *two, "-v")
+    every.assert_outcomes(passed=3)
+    items = [f"{stem}[python-loop]", f"{stem}[vectorized]", f"{stem}[vectorized-{graph}]"]
+    every.stdout.fnmatch_lines([f"*::{item.replace('[', '[[]')} PASSED*" for item in items])
+    captured = _run(inner, "--nsa-corpus", "corpus", *two, "--nsa-executor", graph, "--collect-only", "-q")
+    assert _collected(captured) == items[2:]
+    wrong = _run(inner, "--nsa-corpus", "corpus", "--nsa-impl", "mine.py", "--nsa-only", "short-top-k")
+    wrong.assert_outcomes(failed=2)
+    wrong.stdout.fnmatch_lines([f"*_ {stem}[[]short-top-k-{graph}] _*", f"short-top-k [[]{graph}] NV101 wrong value *"])
+
+
+def test_graphs_are_closed_when_the_session_ends(inner: pytest.Pytester) -> None:
+    from nsa_verify.device import rig
+
+    saved(inner.path)
+    inner.makeconftest(
+        "from nsa_verify.device import rig\n"
+        "import pytest\n"
+        "@pytest.hookimpl(tryfirst=True)\n"
+        "def pytest_sessionfinish():\n"
+        "    print('kept', len(rig._RIGS))\n"
+    )
+    result = _run(inner, "--nsa-corpus", "corpus", "--nsa-only", "vectorized", "-s")
+    result.assert_outcomes(passed=2)
+    result.stdout.re_match_lines([".*kept [1-9]"])
+    assert not rig._RIGS
 
 
 @pytest.mark.parametrize("how", ["option", "variable", "ini"])
@@ -61,14 +104,14 @@ def test_how_a_corpus_is_named(inner: pytest.Pytester, monkeypatch: pytest.Monke
         monkeypatch.setenv("NSA_VERIFY_CORPUS", "corpus")
     if how == "ini":
         inner.makeini("[pytest]\nnsa_corpus = corpus\n")
-    result = _run(inner, *arguments, "--collect-only", "-q", "--nsa-only", "vectorized")
+    result = _run(inner, *arguments, "--collect-only", "-q", "--nsa-only", "vectorized", *EAGER)
     assert _collected(result) == [f"{stem}[vectorized]"]
 
 
 def test_a_corpus_elsewhere_is_collected_beside_what_was_asked_for(inner: pytest.Pytester, folder: Path) -> None:
     stem = saved(folder / "elsewhere").stem
     inner.makepyfile("def test_mine():\n    pass\n")
-    result = _run(inner, "--nsa-corpus", folder / "elsewhere/corpus", "--nsa-only", "vectorized", "-v")
+    result = _run(inner, "--nsa-corpus", folder / "elsewhere/corpus", "--nsa-only", "vectorized", "-v", *EAGER)
     assert result.ret == 0
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(["*::test_mine PASSED*", f"*::{stem}[[]vectorized] PASSED*"])
@@ -78,7 +121,7 @@ def test_a_failure_shows_the_case_and_no_traceback(inner: pytest.Pytester) -> No
     path = saved(inner.path)
     written(inner.path)
     (path.parent / "damaged.json").write_text(path.read_text()[:100])
-    only = ("--nsa-only", "short-top-k", "--nsa-only", "vectorized")
+    only = ("--nsa-only", "short-top-k", "--nsa-only", "vectorized", *EAGER)
     result = _run(inner, "--nsa-corpus", "corpus", "--nsa-impl", "mine.py", *only)
     assert result.ret == 1
     result.assert_outcomes(passed=1, failed=2)
@@ -108,7 +151,7 @@ def test_an_unknown_verdict_fails(inner: pytest.Pytester, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Judge, "_check_oracle", lambda _: "the oracle contradicts itself")
     saved(inner.path)
-    result = _run(inner, "--nsa-corpus", "corpus", "--nsa-only", "vectorized")
+    result = _run(inner, "--nsa-corpus", "corpus", "--nsa-only", "vectorized", *EAGER)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["unknown: the oracle contradicts itself"])
 
@@ -116,9 +159,13 @@ def test_an_unknown_verdict_fails(inner: pytest.Pytester, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--nsa-only", "warp"), "--nsa-only warp: no such implementation; there are precomputed-copy, python-loop,*"),
+        (
+            ("--nsa-only", "warp"),
+            "--nsa-only warp: no such implementation; there are precomputed-batched-copy, precomputed-copy,*",
+        ),
         (("--nsa-impl", "nowhere.py"), "--nsa-impl nowhere.py: there is no such file"),
         (("--nsa-device", "cuda"), "--nsa-device cuda: PyTorch sees no CUDA device here; *"),
+        (("--nsa-executor", ELSEWHERE), REFUSED.replace("--", "--nsa-")),
     ],
 )
 def test_options_that_cannot_be_met(
@@ -142,7 +189,7 @@ def test_a_part_of_the_corpus_is_collected_alone(inner: pytest.Pytester) -> None
     moved = inner.path / "corpus" / "seeds" / other.name
     moved.parent.mkdir(parents=True)
     other.rename(moved)
-    arguments = ("--nsa-corpus", "corpus", "--nsa-only", "vectorized", "corpus/crashing")
+    arguments = ("--nsa-corpus", "corpus", "--nsa-only", "vectorized", *EAGER, "corpus/crashing")
     result = _run(inner, "--collect-only", "-q", *arguments)
     assert _collected(result) == [f"{stem}[vectorized]"]
 
@@ -156,7 +203,9 @@ def test_a_case_that_nobody_can_run_is_skipped_and_says_so(inner: pytest.Pyteste
     saved(inner.path)
     result = _run(inner, "--nsa-corpus", "corpus", "--nsa-impl", "verify_only.py", "--nsa-only", "verify-only", "-rs")
     result.assert_outcomes(skipped=1)
-    result.stdout.fnmatch_lines(["*no implementation is applicable; choose others with --nsa-only or --nsa-impl"])
+    result.stdout.fnmatch_lines(
+        ["*no implementation is applicable; choose others with --nsa-only, --nsa-impl or --nsa-executor"]
+    )
 
 
 def test_a_corpus_that_is_not_there(inner: pytest.Pytester) -> None:
@@ -195,7 +244,8 @@ def test_two_pytest_workers_see_what_one_process_sees(folder: Path) -> None:
     passed: dict[str, list[str]] = {"gw0": [], "gw1": []}
     for worker, item in re.findall(r"^\[(gw\d)\] .* PASSED .*::(\S+) *$", done.stdout, flags=re.MULTILINE):
         passed[worker].append(item)
-    wanted = [f"{stem}[{name}]" for stem in stems for name in ("python-loop", "vectorized")]
+    names = ("python-loop", "vectorized", f"vectorized-{graph_executor()}")
+    wanted = [f"{stem}[{name}]" for stem in stems for name in names]
     assert passed == {worker: [*wanted, "test_round[0]", "test_round[1]"] for worker in passed}
     with registry_of_its_own():
         digests = [run_round(PLAN, index).digest for index in range(PLAN.rounds)]

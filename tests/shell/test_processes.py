@@ -22,7 +22,8 @@ from nsa_verify.engine.corpus import load, scan
 PROGRAM = shutil.which("nsa-verify", path=sysconfig.get_path("scripts")) or "nsa-verify"
 PROMPT_S = 10.0
 """At most this long after Ctrl-C, also on a machine that is busy; an idle one takes less than 3 seconds."""
-SHORT = ("run", "--impl", "mine.py", "--only", "short-top-k", "--only", "vectorized", "--seed", "7")
+EAGER = ("--executor", "eager")
+SHORT = ("run", "--impl", "mine.py", "--only", "short-top-k", "--only", "vectorized", "--seed", "7", *EAGER)
 LONG = (*SHORT, "-n", "5000")
 
 DEADLY = """
@@ -115,7 +116,7 @@ def _check_interrupted(running: Running, ended: tuple[int, str, str, float]) -> 
     assert (code, errors) == (130, "")
     assert "Traceback" not in said
     assert re.search(r"^\d+ cases? in .*, interrupted; digest ", said, flags=re.MULTILINE)
-    assert re.search(r"^short-top-k +eager +.*\d+ DISAGREE", said, flags=re.MULTILINE)
+    assert re.search(r"^short-top-k +decode +.*\d+ DISAGREE", said, flags=re.MULTILINE)
     assert seconds < PROMPT_S
     assert not running.survivors()
     (entry,) = [load(path) for path in scan(Path("corpus"))]
@@ -147,7 +148,8 @@ def test_ctrl_c_while_a_case_is_shrunk(folder: Path, start: type[Running]) -> No
 
 def test_a_worker_that_dies(folder: Path) -> None:
     (folder / "deadly.py").write_text(DEADLY)
-    done = invoke("run", "--impl", "deadly.py", "--only", "deadly", "--mode", "decode", "-n", 100, "--seed", 7, "-w", 2)
+    only = ("--only", "deadly", "--mode", "decode", *EAGER)
+    done = invoke("run", "--impl", "deadly.py", *only, "-n", 100, "--seed", 7, "-w", 2)
     sentence = "a worker process died while it ran a case; run again with --workers 1 to see which implementation"
     assert refused(done) == f"{sentence} takes the process down"
     assert "; a worker died before it was shrunk\n" in done.stdout
@@ -156,13 +158,13 @@ def test_a_worker_that_dies(folder: Path) -> None:
 
 def test_the_number_of_workers_changes_nothing(folder: Path) -> None:
     written(folder)
-    run = (*SHORT, "-n", 40, "--json")
+    run = ("run", "--impl", "mine.py", "--only", "short-top-k", "--seed", "7", "-n", 40, "--json")
     one, two = (json.loads(invoke(*run, "-w", workers).stdout) for workers in (1, 2))
     assert (one["options"].pop("workers"), two["options"].pop("workers")) == ("1", "2")
     for told in (one, two):
         for measured in ("seconds", "cases_per_s", "workers"):
             del told[measured]
-    assert one["findings"]
+    assert len(one["findings"]) == 2
     assert one == two
 
 
@@ -190,16 +192,21 @@ def _on_a_terminal(*arguments: str, columns: int = 80) -> tuple[int, str]:
 def test_a_terminal_gets_colour_and_a_pipe_gets_none(folder: Path) -> None:
     name = "sho[red]rt[/]"
     written(folder, name=name)
-    code, said = _on_a_terminal(
-        "run", "--impl", "mine.py", "--only", name, "--only", "vectorized", "-n", "20", "--seed", "7", "-w", "1"
-    )
+    only = ("--only", name, "--only", "vectorized", *EAGER)
+    code, said = _on_a_terminal("run", "--impl", "mine.py", *only, "-n", "20", "--seed", "7", "-w", "1")
     assert code == 1
     assert f"\x1b[1;31m{name} [eager] NV101 wrong value in the live region\x1b[0m\n" in said
     assert "20/20" in said
     assert said.rindex("\x1b[?25h") > said.rindex("\x1b[?25l"), "the cursor was left hidden"
     matrix = said[said.rindex("implementation") :]
-    assert re.search(rf"^{re.escape(name)} +eager +\x1b\[31m\d+ ", matrix, flags=re.MULTILINE), matrix
+    assert re.search(rf"^{re.escape(name)} +decode +\x1b\[31m\d+ ", matrix, flags=re.MULTILINE), matrix
     assert f"n/a  {name}  mode not declared (" in matrix
+
+
+def test_what_is_not_captured_is_dim_on_a_terminal(folder: Path) -> None:
+    code, said = _on_a_terminal("run", "--only", "python-loop", "--mode", "decode", "-n", "5", "--seed", "7", "-w", "1")
+    assert code == 0
+    assert re.search(r"^python-loop +decode +5 agree +\x1b\[2mnot capturable", said, flags=re.MULTILINE), said
 
 
 def test_no_color_is_obeyed_on_a_terminal(folder: Path) -> None:

@@ -10,7 +10,7 @@ from shell.commands import invoke, saved, written
 
 from nsa_verify import Mode
 
-MINE = ("--impl", "mine.py", "--only", "short-top-k")
+MINE = ("--impl", "mine.py", "--only", "short-top-k", "--executor", "eager")
 
 
 def test_a_case_that_still_fails(folder: Path) -> None:

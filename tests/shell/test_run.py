@@ -16,7 +16,11 @@ from nsa_verify import Mode, Outcome
 from nsa_verify.engine import worker
 from nsa_verify.engine.corpus import load
 
-FOUND = ("run", "--impl", "mine.py", "--only", "short-top-k", "--only", "vectorized", "-n", 40, "--seed", 7, "-w", 1)
+EAGER = ("--executor", "eager")
+FOUND = (
+    *("run", "--impl", "mine.py", "--only", "short-top-k", "--only", "vectorized", "-n", 40, "--seed", 7, "-w", 1),
+    *EAGER,
+)
 
 
 @pytest.fixture(name="found", scope="module")
@@ -94,7 +98,9 @@ def test_the_line_to_reproduce_it_does(found: tuple[Path, Result], monkeypatch: 
 
 def test_the_line_to_reproduce_is_quoted_for_a_shell(folder: Path) -> None:
     mine = written(folder / "my kernels", name="it's [mine]")
-    done = invoke("run", "--impl", mine, "--only", "it's [mine]", "--mode", "decode", "-n", 20, "--seed", 7, "-w", 1)
+    done = invoke(
+        "run", "--impl", mine, "--only", "it's [mine]", "--mode", "decode", "-n", 20, "--seed", 7, "-w", 1, *EAGER
+    )
     assert done.exit_code == 1
     (line,) = [it for it in done.stdout.splitlines() if it.startswith("  reproduce ")]
     assert invoke(*shlex.split(line)[2:]).exit_code == 1
@@ -103,12 +109,13 @@ def test_the_line_to_reproduce_is_quoted_for_a_shell(folder: Path) -> None:
 def test_the_matrix_says_how_many_and_why_not(found: tuple[Path, Result]) -> None:
     lines = found[1].stdout.splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("implementation "))
-    header, vectorized, mine, why = (re.split(r"  +", line) for line in lines[at : at + 4])
-    assert header == ["implementation", "executor", *Mode]
-    assert vectorized[:2] == ["vectorized", "eager"]
-    assert all(re.fullmatch(r"\d+ agree", cell) for cell in vectorized[2:])
-    assert re.fullmatch(r"(\d+ agree, )?\d+ DISAGREE", mine[2])
-    assert all(re.fullmatch(r"\d+ n/a", cell) for cell in mine[3:])
+    header, *rows, why = (re.split(r"  +", line) for line in lines[at : at + 2 + 2 * len(Mode)])
+    vectorized, mine = rows[: len(Mode)], rows[len(Mode) :]
+    assert header == ["implementation", "mode", "eager"]
+    assert [row[:2] for row in rows] == [[name, mode] for name in ("vectorized", "short-top-k") for mode in Mode]
+    assert all(re.fullmatch(r"\d+ agree", row[2]) for row in vectorized)
+    assert re.fullmatch(r"(\d+ agree, )?\d+ DISAGREE", mine[0][2])
+    assert all(re.fullmatch(r"\d+ n/a", row[2]) for row in mine[1:])
     assert why[:2] == ["n/a", "short-top-k"]
     assert re.fullmatch(r"mode not declared \(draft-extend \d+, draft-extend-v2 \d+, target-verify \d+\)", why[2])
 
@@ -169,7 +176,7 @@ def test_one_mode_only(folder: Path, mode: str) -> None:
 
 def test_the_time_can_be_limited(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "judge_case", _slow(worker.judge_case))
-    done = invoke("run", "--only", "vectorized", "--max-time", "0.3s", "-n", 15, "--seed", 1, "-w", 1, "--json")
+    done = invoke("run", "--only", "vectorized", "--max-time", "0.3s", "-n", 15, "--seed", 1, "-w", 1, "--json", *EAGER)
     told = json.loads(done.stdout)
     assert done.exit_code == 0
     assert 1 <= told["cases"] < 15
@@ -188,13 +195,13 @@ def _slow(judge: Any) -> Any:
 
 
 def test_the_same_seed_draws_the_same_cases(folder: Path) -> None:
-    same = ("run", "--only", "vectorized", "-n", 25, "-w", 1)
+    same = ("run", "--only", "vectorized", "-n", 25, "-w", 1, *EAGER)
     first, second, other = (_digest(invoke(*same, "--seed", seed).stdout) for seed in (3, 3, 4))
     assert first == second != other
 
 
 def test_a_seed_is_chosen_and_told(folder: Path) -> None:
-    same = ("run", "--only", "vectorized", "-n", 3, "-w", 1)
+    same = ("run", "--only", "vectorized", "-n", 3, "-w", 1, *EAGER)
     chosen = re.findall(r"^seed (\d+);", invoke(*same).stdout, flags=re.MULTILINE)
     assert len(chosen) == 1
     assert _digest(invoke(*same, "--seed", chosen[0]).stdout) == _digest(invoke(*same, "--seed", chosen[0]).stdout)
@@ -227,12 +234,12 @@ def test_a_check_that_fails_is_no_agreement(folder: Path, monkeypatch: pytest.Mo
         raise RuntimeError("planted [here]")
 
     monkeypatch.setattr(Judge, "_findings", fail)
-    done = invoke("run", "--only", "vectorized", "-n", 3, "--seed", 1, "-w", 1)
+    done = invoke("run", "--only", "vectorized", "-n", 3, "--seed", 1, "-w", 1, *EAGER)
     assert refused(done) == "some verdicts are unknown: the check itself failed, see above"
     assert done.stdout.count("UNKNOWN vectorized [eager]: ") == 1
     assert "RuntimeError: planted [here]" in done.stdout
     assert "no disagreement" not in done.stdout
-    told = json.loads(invoke("run", "--only", "vectorized", "-n", 3, "--seed", 1, "-w", 1, "--json").stdout)
+    told = json.loads(invoke("run", "--only", "vectorized", "-n", 3, "--seed", 1, "-w", 1, "--json", *EAGER).stdout)
     assert (len(told["unknown"]), told["exit_code"]) == (3, 2)
     assert told["error"].startswith("some verdicts are unknown")
 
@@ -241,6 +248,6 @@ def test_a_check_that_cannot_begin_is_no_agreement(folder: Path, monkeypatch: py
     from nsa_verify.device.judge import Judge
 
     monkeypatch.setattr(Judge, "_check_oracle", lambda _: "the oracle contradicts itself")
-    done = invoke("run", "--only", "vectorized", "-n", 3, "--seed", 1, "-w", 1)
+    done = invoke("run", "--only", "vectorized", "-n", 3, "--seed", 1, "-w", 1, *EAGER)
     assert done.exit_code == 2
     assert f"3 {Outcome.UNKNOWN.upper()}" in done.stdout or "1 UNKNOWN" in done.stdout
