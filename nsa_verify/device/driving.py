@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.findings import Code
@@ -24,7 +24,13 @@ class Note(NamedTuple):
 
 
 class Session(Protocol):
-    """One implementation over one rig, for the graph keys it was opened with."""
+    """One implementation over one rig, for the graph keys it was opened with.
+
+    ``implementation`` is the one that is driven; ``fallbacks`` are those that it reported while it was captured.
+    """
+
+    implementation: Implementation
+    fallbacks: tuple[str, ...]
 
     def begin(self) -> None:
         """The replays of a case follow: disturb what a careless implementation could depend on."""
@@ -60,8 +66,13 @@ class Executor(Protocol):
     def open(self, rig: Rig, implementation: Implementation, keys: Sequence[GraphKey]) -> Session:
         """Start a session that can serve ``keys``; a graph executor captures them, in this order.
 
+        The order is that of the replays backwards, so that a graph which needs another to be replayed first goes wrong.
         Leaves junk in the rig's memory. Raises ``ImplementationRaised`` and ``CaptureRefused``.
         """
+
+
+WARM_UPS: Final = 2
+"""Eager calls before a capture, as engines make them."""
 
 
 def capturable(implementation: Implementation, setup: Setup, mode: Mode) -> str | None:
@@ -93,7 +104,7 @@ def while_capturing(key: GraphKey) -> Iterator[None]:
     try:
         yield
     except ImplementationRaised as raised:
-        raise ImplementationRaised(raised.error, key) from raised
+        raise ImplementationRaised(raised.error, key, raised.line) from raised
     except CaptureRefused as refused:
         raise CaptureRefused(refused.code, refused.sentence, key) from refused
 

@@ -9,7 +9,7 @@ import torch
 
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.findings import Code
-from nsa_verify.core.implementation import Implementation, reported_fallbacks, take_fallbacks
+from nsa_verify.core.implementation import Implementation, reported_fallbacks
 from nsa_verify.device.driving import Note, call
 from nsa_verify.device.launches import CompileKey, Launch, compile_key, intercepted
 from nsa_verify.device.recompiling import Served, growth
@@ -29,7 +29,8 @@ class EagerSession:
     """
 
     def __init__(self, rig: Rig, implementation: Implementation) -> None:
-        self._rig, self._implementation = rig, implementation
+        self._rig, self.implementation = rig, implementation
+        self.fallbacks: tuple[str, ...] = ()
         self._source = implementation.source.rpartition(":")[0]
         self.delay = False
         self.served: list[Served] = []
@@ -38,14 +39,13 @@ class EagerSession:
     def begin(self) -> None:
         """Forget what was seen."""
         self.served, self._notes = [], []
-        take_fallbacks()
 
     def replay(self, mode: Mode, bucket: int) -> None:
         """Call ``refresh`` once."""
         keys: set[CompileKey] = set()
         call_number = len(self.served)
         self.served.append(Served(mode, bucket, keys))
-        watched = WatchedCalls(self._source)
+        watched, reported = WatchedCalls(self._source), reported_fallbacks()
 
         def launch(it: Launch) -> object:
             keys.add(compile_key(it))
@@ -58,11 +58,11 @@ class EagerSession:
         if self.delay and call_number == 0 and self._rig.device == "cuda":
             torch.cuda._sleep(DELAY_CYCLES)
         with intercepted(launch):
-            call(self._rig, self._implementation, (mode, bucket), watched)
-        moved = self._rig.moved(mode, bucket, self._implementation.writes(self._rig.setup))
+            call(self._rig, self.implementation, (mode, bucket), watched)
+        moved = self._rig.moved(mode, bucket, self.implementation.writes(self._rig.setup))
         if moved is not None:
             self._notes.append(Note(Code.MOVED, call_number, moved))
-        if watched.errors and not reported_fallbacks():
+        if watched.errors and reported_fallbacks() == reported:
             self._notes.append(Note(Code.SILENT_FALLBACK, call_number, f"{watched.errors[0]}; refresh() went on"))
 
     def end(self) -> list[Note]:

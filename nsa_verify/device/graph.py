@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.findings import Code
-from nsa_verify.core.implementation import Implementation
+from nsa_verify.core.implementation import Implementation, take_fallbacks
 from nsa_verify.device.blame import line_now, line_of
-from nsa_verify.device.driving import Note, call, capturable, while_capturing
+from nsa_verify.device.driving import WARM_UPS, Note, call, capturable, while_capturing
 from nsa_verify.device.launches import Launch, intercepted
 from nsa_verify.device.memory import Memory, tensors_in
 from nsa_verify.device.rig import Rig
-from nsa_verify.device.rules import fresh
+from nsa_verify.device.rules import divided, fresh, is_divisible
 from nsa_verify.device.stops import CaptureRefused, GraphKey, ImplementationRaised
 from nsa_verify.device.temporaries import TEMPORARY_POISON, WatchedCalls
 
-WARM_UPS: Final = 2
-"""Eager calls before a capture, as engines make them."""
 BLOCK_SIZES: Final = tuple(512 << power for power in range(0, 13, 2))
 """Bytes of the unrelated allocations that are scribbled on: one for each of the allocator's classes of small blocks."""
 BLOCKS_OF_A_SIZE: Final = 4
@@ -73,14 +72,17 @@ class Watch(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Where torch asks this, it need not import its compiler (1.5 s) for a mode that never meets compiled code.
-        return False
+        # Where torch asks this, it imports its compiler (1.5 s) for a mode that says yes.
+        return "torch._dynamo" in sys.modules
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         used = [*tensors_in(args), *tensors_in(kwargs)]
         self._note(str(func), used)
+        if is_divisible(func):
+            with self:
+                return divided(func, args, kwargs or {}, torch._C.DispatchKey.CUDA)
         result = func(*args, **(kwargs or {}))
-        for tensor in [] if func.is_view else fresh(result, used):
+        for tensor in fresh(result, used):
             if tensor is not None and tensor.is_cuda:
                 self._memory.add_own(tensor)
                 storage = tensor.untyped_storage()
@@ -108,7 +110,7 @@ class Captured:
         self._own = list(_stretches(own))
 
     def scribble(self) -> None:
-        """Poison the memory that the graph allocated for itself: between replays it belongs to anyone."""
+        """Poison the memory that the graph allocated for itself: before its replay it holds nothing."""
         device = torch.device("cuda", torch.cuda.current_device())
         for address, size in self._own:
             storage = torch._C._construct_storage_from_data_pointer(address, device, size)
@@ -163,9 +165,9 @@ class SharedPool:
     def give_up(cls) -> None:
         """After a capture that was refused: torch leaves the pool in the middle of a recording."""
         device, handle = torch.cuda.current_device(), cls.handle()
-        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-            with suppress(RuntimeError):  # where torch has done it itself
-                end(device, handle)
+        with suppress(RuntimeError):  # raised where torch has ended the recording itself
+            torch._C._cuda_endAllocateToPool(device, handle)
+            torch._C._cuda_releasePool(device, handle)
 
 
 class Region(NamedTuple):
@@ -185,22 +187,21 @@ def record(region: Region, stream: torch.cuda.Stream) -> Captured:
     """
     pool, graph, error = SharedPool.handle(), CapturedGraph(), None
     assert graph.raw is not None
-    with _without_gc(), torch.cuda.stream(stream):
-        watch = Watch(region.memory, region.source)
-        graph.raw.capture_begin(pool=pool)
-        try:
-            with intercepted(watch.launch), watch:
-                region.run()
-        except ImplementationRaised as raised:
-            error = raised.error
-        try:
-            with warnings.catch_warnings():
-                # What was refused, or did nothing, leaves an empty graph; the reason is told otherwise.
-                warnings.filterwarnings("ignore", "The CUDA Graph is empty", UserWarning)
-                graph.raw.capture_end()
-        except RuntimeError as invalid:
-            SharedPool.give_up()
+    try:
+        with _without_gc(), torch.cuda.stream(stream):
+            watch = Watch(region.memory, region.source)
+            graph.raw.capture_begin(pool=pool)
+            try:
+                with intercepted(watch.launch), watch:
+                    region.run()
+            except ImplementationRaised as raised:
+                error = raised.error
+            finally:
+                invalid = _end(graph.raw)
             error = error or invalid
+    except BaseException:
+        graph.close()
+        raise
     if error is None and watch.elsewhere is None:
         return Captured(graph, region.memory, watch.own)
     graph.close()
@@ -208,6 +209,19 @@ def record(region: Region, stream: torch.cuda.Stream) -> Captured:
         raise CaptureRefused(Code.OTHER_STREAM, watch.elsewhere)
     assert error is not None
     raise _refusal(error, region.errors, region.source)
+
+
+def _end(raw: torch.cuda.CUDAGraph) -> BaseException | None:
+    """End the capture; what CUDA says if it was spoilt."""
+    try:
+        with warnings.catch_warnings():
+            # What was refused, or did nothing, leaves an empty graph; the reason is told otherwise.
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty", UserWarning)
+            raw.capture_end()
+    except RuntimeError as invalid:
+        SharedPool.give_up()
+        return invalid
+    return None
 
 
 def new_stream() -> torch.cuda.Stream:
@@ -219,7 +233,9 @@ def new_stream() -> torch.cuda.Stream:
 class GraphSession:
     """One captured graph per key."""
 
-    def __init__(self) -> None:
+    def __init__(self, implementation: Implementation) -> None:
+        self.implementation = implementation
+        self.fallbacks: tuple[str, ...] = ()
         self._graphs: dict[GraphKey, Captured] = {}
         self._stream = new_stream()
         self._blocks: list[Tensor] = []
@@ -250,23 +266,29 @@ class GraphSession:
         if moved is not None:
             raise CaptureRefused(Code.MOVED, moved)
 
+    @property
+    def uses_others(self) -> bool:
+        """Whether a graph uses memory that it does not own."""
+        return any(captured.memory.others for captured in self._graphs.values())
+
     def begin(self) -> None:
-        """Poison what the graphs allocated, and take and scribble on memory that was free when they were captured."""
+        """Poison what the graphs allocated, and take and scribble on memory that was freed since their warm-up."""
         for captured in self._graphs.values():
             captured.scribble()
         self._calls = 0
-        self._blocks = [
-            torch.full((size // 4,), SCRIBBLE, dtype=torch.int32, device="cuda")
-            for size in BLOCK_SIZES
-            for _ in range(BLOCKS_OF_A_SIZE)
-        ]
+        # The allocator hands memory out again on the stream on which it was taken.
+        with torch.cuda.stream(self._stream):
+            self._blocks = [
+                torch.full((size // 4,), SCRIBBLE, dtype=torch.int32, device="cuda")
+                for size in BLOCK_SIZES
+                for _ in range(BLOCKS_OF_A_SIZE)
+            ]
+        torch.cuda.current_stream().wait_stream(self._stream)
 
     def replay(self, mode: Mode, bucket: int) -> None:
         """Launch the graph of ``(mode, bucket)``."""
         self._calls += 1
-        captured = self._graphs[mode, bucket]
-        captured.scribble()
-        captured.replay()
+        self._graphs[mode, bucket].replay()
 
     def end(self) -> list[Note]:
         """Whether a graph wrote to memory that was handed out after its capture."""
@@ -298,11 +320,14 @@ class Graph:
 
     def open(self, rig: Rig, implementation: Implementation, keys: Sequence[GraphKey]) -> GraphSession:
         """Warm up and capture every key."""
-        session = GraphSession()
+        session = GraphSession(implementation)
         try:
             for key in keys:
                 with while_capturing(key):
                     session.capture(rig, implementation, key)
+            session.fallbacks = take_fallbacks()
+            if session.uses_others:
+                gc.collect()  # what a cycle keeps alive by chance is not kept
         except BaseException:
             session.close()
             raise
@@ -319,7 +344,8 @@ def _refusal(error: BaseException, errors: Sequence[str], source: str) -> Except
     if "captur" not in str(error).lower():
         return ImplementationRaised(error)
     frames = traceback.extract_tb(error.__traceback__)
-    first = errors[0] if errors else f"{said} ({line_of(error, source)})"
+    spoilt = [it for it in errors if "captur" in it.lower()]
+    first = spoilt[0] if spoilt else f"{said} ({line_of(error, source)})"
     if any(words in str(error) for words in _STREAMS):
         return CaptureRefused(Code.OTHER_STREAM, first)
     if any(frame.name == "synchronize" for frame in frames) or first.startswith("synchronize "):

@@ -63,14 +63,21 @@ class _Run:
     stop: Stop | None = None
     """What ended the run at its last call; where a graph could not be captured, that call was never made."""
     notes: list[Note] = field(default_factory=list)
+    compared: tuple[int | None, object] | None = None
+    kept: bool = False
+    """Whether its session was opened for an earlier case."""
     fallbacks: tuple[str, ...] = ()
     compile_keys: frozenset[str] = frozenset()
 
     @property
     def trouble(self) -> tuple[object, ...]:
-        """What besides content is wrong: equal for runs that end alike."""
+        """What besides content is wrong: equal for runs that end alike.
+
+        An implementation may remember that something failed, and not try again; that is no lack of determinism.
+        """
         said = (type(self.stop), len(self.served)) if self.stop is not None else ()
-        return said, tuple((note.code, note.call) for note in self.notes)
+        lasting = (note for note in self.notes if note.code not in (Code.RECOMPILES, Code.SILENT_FALLBACK))
+        return said, tuple((note.code, note.call) for note in lasting)
 
 
 class Judge:
@@ -106,6 +113,10 @@ class Judge:
         self._delay = delay and len(served) > 1
         try:
             run = self._run(implementation, executor, served, repeat)
+            if run.kept and not self._is_clean(implementation, run):
+                # What an implementation did for other cases since its graphs were captured is no fault of this one.
+                self.rig.close()
+                run = self._run(implementation, executor, served, repeat)
             findings = self._findings(implementation, executor, run, repeat)
         except Exception as error:  # noqa: BLE001 - whatever fails here, the verdict is unknown and says why
             return replace(said, outcome=Outcome.UNKNOWN, modes=modes, reason=_fault(error))
@@ -125,47 +136,52 @@ class Judge:
         return ""
 
     def _findings(self, implementation: Implementation, executor: Executor, run: _Run, repeat: bool) -> list[Finding]:
-        failing, wrong = self._compare(implementation, run)
-        if failing is None and run.stop is None and not run.notes:
+        if self._is_clean(implementation, run):
             return []
+        failing, wrong = self._compare(implementation, run)
         served = list(dict.fromkeys(run.wanted))
         findings = self._describe(implementation, executor, run, failing)
-        if self._is_frozen(implementation, executor, findings[0], served, repeat):
+        if self._is_frozen(implementation, executor, run, findings[0], repeat):
             message = f"called eagerly it agrees, replayed from the graph not: {findings[0].message}"
             findings = [replace(findings[0], code=Code.FROZEN, message=message), *findings]
         for rerun in range(1, RERUNS + 1):
             again = self._run(implementation, executor, served, repeat)
             failing_again, wrong_again = self._compare(implementation, again)
             if failing_again != failing or wrong_again != wrong or again.trouble != run.trouble:
-                agreed = failing_again is None and again.stop is None and not again.notes
+                agreed = failing_again is None and again.stop is None and not again.trouble[1]
                 seen = "agreed" if agreed else "disagreed elsewhere"
                 first = findings[0]
                 message = f"run 1: {first.code} {first.message}; run {rerun + 1} {seen}"
                 return [replace(first, code=Code.NOT_DETERMINISTIC, message=message), *findings]
         return findings
 
+    def _is_clean(self, implementation: Implementation, run: _Run) -> bool:
+        return run.stop is None and not run.notes and self._compare(implementation, run)[0] is None
+
     def _is_frozen(
-        self, implementation: Implementation, executor: Executor, first: Finding, served: list[int], repeat: bool
+        self, implementation: Implementation, executor: Executor, run: _Run, first: Finding, repeat: bool
     ) -> bool:
-        """Whether wrong content comes from the graph alone."""
-        if executor is EAGER or first.code not in _CONTENT:
+        """Whether wrong content, or an error at a replay, comes from the graph alone."""
+        raised = isinstance(run.stop, ImplementationRaised) and run.stop.while_capturing is None
+        if executor is EAGER or not (first.code in _CONTENT or raised):
             return False
-        eager = self._run(implementation, EAGER, served, repeat)
+        eager = self._run(implementation, EAGER, list(dict.fromkeys(run.wanted)), repeat)
         return eager.stop is None and self._compare(implementation, eager)[0] is None
 
     def _run(self, implementation: Implementation, executor: Executor, served: list[int], repeat: bool) -> _Run:
         rig, case = self.rig, self.case
-        keys = tuple(dict.fromkeys((case.replays[replay].mode, case.bucket(replay)) for replay in served))
+        keys = tuple(dict.fromkeys((case.replays[replay].mode, case.bucket(replay)) for replay in served))[::-1]
         take_fallbacks()
         try:
-            opened = rig.session(
-                (executor.name, implementation, keys), lambda: executor.open(rig, implementation, keys)
+            opened, kept = rig.session(
+                (executor.name, id(implementation.refresh), implementation.name, keys),
+                lambda: executor.open(rig, implementation, keys),
             )
         except (ImplementationRaised, CaptureRefused) as stop:
             return self._never_ran(stop, served)
         values, _ = self._image(implementation)
         rig.reset()
-        run = _Run(wanted=tuple(served), served=[], snapshots=[rig.arena.clone()])
+        run = _Run(wanted=tuple(served), served=[], snapshots=[rig.arena.clone()], kept=kept)
         opened.begin()
         if isinstance(opened, EagerSession):
             opened.delay = self._delay
@@ -180,7 +196,7 @@ class Judge:
             if run.stop is not None:
                 break
         run.notes = opened.end()
-        run.fallbacks = take_fallbacks()
+        run.fallbacks = opened.fallbacks + take_fallbacks()
         if isinstance(opened, EagerSession):
             run.compile_keys = frozenset(str(key) for it in opened.served for key in it.keys)
         return run
@@ -217,6 +233,11 @@ class Judge:
 
     def _compare(self, implementation: Implementation, run: _Run) -> tuple[int | None, object]:
         """The first call that left something wrong, and a value that is equal when the same is wrong."""
+        if run.compared is None:
+            run.compared = self._compared(implementation, run)
+        return run.compared
+
+    def _compared(self, implementation: Implementation, run: _Run) -> tuple[int | None, object]:
         values, classes = self._image(implementation)
         wanted, region = values[run.served], classes[run.served]
         snapshots = torch.stack(run.snapshots)
@@ -298,7 +319,7 @@ class Judge:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
         # A compiler's message starts with the place and ends with what is wrong there.
         sentence = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
-        where = line_of(error, implementation.source.rpartition(":")[0])
+        where = stop.line or line_of(error, implementation.source.rpartition(":")[0])
         second = len(run.served) > 1 and run.served[-2] == replay
         code = Code.NOT_IDEMPOTENT if second else Code.EXCEPTION
         message = f"{during}{type(error).__name__}: {sentence} ({where})" + (", on a second call" if second else "")

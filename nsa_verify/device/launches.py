@@ -35,28 +35,46 @@ class Launch(NamedTuple):
 Listener = Callable[[Launch], Any]
 """Gets a launch instead of Triton and returns what the caller gets; to let it happen it calls ``launch.run``."""
 
+_AUTOTUNER = "triton.runtime.autotuner", "Autotuner"
 _RUNNERS = (("triton.runtime.interpreter", "InterpretedFunction"), ("triton.runtime.jit", "JITFunction"))
 
 
 @contextmanager
 def intercepted(listener: Listener) -> Iterator[None]:
-    """Every launch goes to ``listener`` while the block runs."""
+    """Every launch goes to ``listener`` while the block runs, but for those that an autotuner times."""
+    tuning: list[bool] = []
     classes = [getattr(sys.modules[module], name) for module, name in _RUNNERS if module in sys.modules]
-    originals = [it.run for it in classes]
-    for it, original in zip(classes, originals, strict=True):
-        it.run = _detour(original, listener)
+    replaced = [(it, "run", it.run, _detour(it.run, listener, tuning)) for it in classes]
+    if _AUTOTUNER[0] in sys.modules:
+        autotuner = getattr(sys.modules[_AUTOTUNER[0]], _AUTOTUNER[1])
+        replaced.append((autotuner, "_bench", autotuner._bench, _marked(autotuner._bench, tuning)))
+    for owner, name, _, instead in replaced:
+        setattr(owner, name, instead)
     try:
         yield
     finally:
-        for it, original in zip(classes, originals, strict=True):
-            it.run = original
+        for owner, name, original, _ in replaced:
+            setattr(owner, name, original)
 
 
-def _detour(original: Callable[..., Any], listener: Listener) -> Callable[..., Any]:
+def _detour(original: Callable[..., Any], listener: Listener, tuning: list[bool]) -> Callable[..., Any]:
     def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        if tuning:
+            return original(kernel, *args, **kwargs)
         return listener(Launch(kernel, original, args, kwargs))
 
     return run
+
+
+def _marked(original: Callable[..., Any], tuning: list[bool]) -> Callable[..., Any]:
+    def bench(*args: Any, **kwargs: Any) -> Any:
+        tuning.append(True)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            tuning.pop()
+
+    return bench
 
 
 class _Parameter(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,10 +27,17 @@ class Kind(Enum):
 
 
 class Other(NamedTuple):
-    """Memory that the graph uses and does not own, and the line of the implementation that used it first."""
+    """Memory that the graph uses and does not own: where it lay, and the line of the implementation that used it
+    first."""
 
     storage: StorageWeakRef
+    address: int
     line: str
+
+
+def _stretch(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
 def storage_of(tensor: Tensor) -> StorageWeakRef:
@@ -48,6 +55,13 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, dict):
         for value in values.values():
             yield from tensors_in(value)
+    elif isinstance(getattr(values, "base", None), Tensor):
+        yield values.base  # Triton's views of a tensor: reinterpreted, or with a descriptor
+
+
+_HOST: set[StorageWeakRef] = set()
+"""The host memory that this process has seen made and that is still there: an implementation may have cached it."""
+PRUNE_BEYOND: Final = 1024
 
 
 class Memory:
@@ -58,19 +72,25 @@ class Memory:
 
     def __init__(self, static: Iterable[Tensor], host: Iterable[Tensor] = (), on_cuda: bool = False) -> None:
         self._on_cuda = on_cuda
-        self._static = {storage_of(tensor) for tensor in static}
-        self._host = {storage_of(tensor) for tensor in host}
+        self._static = [_stretch(tensor) for tensor in static]
+        if len(_HOST) > PRUNE_BEYOND:
+            _HOST.difference_update([storage for storage in _HOST if storage.expired()])
+        self.add_host(list(host))
         self._own: set[StorageWeakRef] = set()
         self.others: dict[StorageWeakRef, Other] = {}
 
     def kind(self, tensor: Tensor) -> Kind:
-        """Whose memory ``tensor`` lies in; what nobody spoke of is somebody else's."""
-        storage = storage_of(tensor)
-        if storage in self._static:
+        """Whose memory ``tensor`` lies in; what nobody spoke of is somebody else's.
+
+        The rig's is told by its address: it may come back under another storage, through DLPack or NumPy.
+        """
+        address = tensor.untyped_storage().data_ptr()
+        if any(start <= address < end for start, end in self._static):
             return Kind.STATIC
+        storage = storage_of(tensor)
         if storage in self._own:
             return Kind.OWN
-        if storage in self._host or (self._on_cuda and not tensor.is_cuda):
+        if storage in _HOST or (self._on_cuda and not tensor.is_cuda):
             return Kind.HOST
         return Kind.OTHER
 
@@ -80,7 +100,7 @@ class Memory:
 
     def add_host(self, values: Any) -> None:
         """Take the tensors among ``values`` for host memory."""
-        self._host.update(storage_of(tensor) for tensor in tensors_in(values))
+        _HOST.update(storage_of(tensor) for tensor in tensors_in(values))
 
     def add_own(self, tensor: Tensor) -> None:
         """Take ``tensor`` for the graph's own."""
@@ -90,13 +110,14 @@ class Memory:
         """Note that the region uses ``tensors`` at ``line``."""
         for tensor in tensors:
             if self.kind(tensor) is Kind.OTHER and tensor.numel():
-                other = Other(storage_of(tensor), line)
+                other = Other(storage_of(tensor), tensor.untyped_storage().data_ptr(), line)
                 self.others.setdefault(other.storage, other)
 
     def refuse_freed(self) -> None:
         """Raise ``CaptureRefused`` if memory that the graph uses has been given back."""
         for other in self.others.values():
-            if other.storage.expired():
+            storage = revived(other.storage)
+            if storage is None or storage.data_ptr() != other.address:
                 raise CaptureRefused(
                     Code.MOVED,
                     f"the graph uses memory that was freed after the capture; it was captured at {other.line}",

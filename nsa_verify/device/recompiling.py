@@ -23,7 +23,7 @@ def growth(calls: Sequence[Served]) -> tuple[int, str] | None:
     """The call that needs a compilation which an earlier one of its mode did not, and why in words; or None.
 
     In one bucket nothing but lengths, accepts and rows differs, and no constant may. Between buckets a constant may
-    follow a power of two, which grows to ten values and no further. Flags (true, false, None) are no growth.
+    follow a power of two, which grows to ten values and no further. Flags (true, false, None, 0, 1) are no growth.
     """
     for (_, first), (later, second) in combinations(enumerate(calls), 2):
         if first.mode is not second.mode:
@@ -32,10 +32,14 @@ def growth(calls: Sequence[Served]) -> tuple[int, str] | None:
         for kernel, name, before, after in _changes(first.keys, second.keys):
             changed = before ^ after
             if any(_may_grow(value, one_bucket) for value in changed):
-                cause = "lengths or accepts" if one_bucket else f"the batch size ({first.bucket} to {second.bucket})"
+                cause = (
+                    "lengths or accepts vary"
+                    if one_bucket
+                    else f"the batch size goes from {first.bucket} to {second.bucket}"
+                )
                 return (
                     later,
-                    f"{kernel} is compiled anew as {cause} vary: {name} went from {_or(before)} to {_or(after)}",
+                    f"{kernel} is compiled anew as {cause}: {name} went from {_or(before)} to {_or(after)}",
                 )
     return None
 
@@ -59,7 +63,7 @@ def _values(keys: AbstractSet[CompileKey]) -> dict[tuple[str, str], set[str]]:
 
 
 def _may_grow(value: str, one_bucket: bool) -> bool:
-    if value in ("True", "False", "None"):
+    if value in ("True", "False", "None", "0", "1"):
         return False
     is_power = value.isdigit() and int(value).bit_count() == 1
     return one_bucket or not is_power

@@ -53,14 +53,17 @@ class Rig:
         self._inputs: dict[tuple[Mode, int], ReplayInputs] = {}
         self._sessions: OrderedDict[Hashable, Closable] = OrderedDict()
 
-    def session(self, key: Hashable, make: Callable[[], SessionT]) -> SessionT:
-        """The session kept under ``key``, made if there is none. What is kept is closed by the rig, oldest first."""
+    def session(self, key: Hashable, make: Callable[[], SessionT]) -> tuple[SessionT, bool]:
+        """The session under ``key``, and whether it was kept from an earlier case; made if there is none.
+
+        What is kept is closed by the rig, oldest first.
+        """
         kept = self._sessions.pop(key, None)
         session = make() if kept is None else cast("SessionT", kept)
         self._sessions[key] = session
         while len(self._sessions) > KEPT_SESSIONS:
             self._sessions.popitem(last=False)[1].close()
-        return session
+        return session, kept is not None
 
     def close(self) -> None:
         """Close the sessions; the rig may be used again."""

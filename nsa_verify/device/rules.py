@@ -8,11 +8,13 @@ asked to lie, and that ``tolist`` or ``numpy`` read memory without any operator.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _device
 
 from nsa_verify.device.memory import Memory, tensors_in
 
@@ -52,19 +54,35 @@ _HOST_ONLY: Final = frozenset({torch.from_numpy, torch.frombuffer})
 
 
 class CaptureFunctions(TorchFunctionMode):
-    """The rules for functions. ``making_host`` is set while a factory makes a host tensor."""
+    """The rules for functions.
+
+    ``making_host`` is set while a factory makes a host tensor; with ``paused`` calls pass.
+    """
 
     def __init__(self, memory: Memory, refuse: Refuse) -> None:
         super().__init__()
-        self._memory, self._refuse = memory, refuse
+        self._memory = memory
+        self.refuse: Refuse | None = refuse
+        """None: nothing is refused, and only host memory noted."""
         self.making_host = False
+        self.paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        if func is torch.nn.functional.one_hot and _classes(args, kwargs) > 0:
+            # Its CPU form reads the largest number to check it, its CUDA form does not.
+            classes = torch.arange(_classes(args, kwargs), device=args[0].device)
+            return (args[0].unsqueeze(-1) == classes).to(torch.int64)
         if func in _READS:
-            self._check_read(_READS[func], args[0])
+            on_host = self._memory.is_host(args[0])
+            if not on_host:
+                self._refuse(f"{_READS[func]} reads device data on the host")
             result = func(*args, **kwargs)
-            self._memory.add_host(result)
+            if isinstance(result, Tensor) and not on_host:
+                result = result.clone()  # on the CPU it would be the device's own memory
+                self._memory.add_host(result)
             return result
         if func is torch.Tensor.to or func is torch.Tensor.cuda:
             return self._move(func, args, kwargs)
@@ -82,9 +100,9 @@ class CaptureFunctions(TorchFunctionMode):
                 self.making_host = False
         return func(*args, **kwargs)
 
-    def _check_read(self, how: str, tensor: Tensor) -> None:
-        if not self._memory.is_host(tensor):
-            self._refuse(f"{how} reads device data on the host")
+    def _refuse(self, sentence: str) -> None:
+        if self.refuse is not None:
+            self.refuse(sentence)
 
     def _make(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A tensor of Python data, or of another tensor: host memory, unless a device is asked for."""
@@ -98,6 +116,7 @@ class CaptureFunctions(TorchFunctionMode):
             return func(*args, **kwargs)
         if asked:
             self._refuse(f"{func.__name__}() of host data copies from pageable host memory to the device")
+            return func(*args, **kwargs).clone()
         result = func(*args, **kwargs)
         self._memory.add_host(result)
         return result
@@ -106,23 +125,42 @@ class CaptureFunctions(TorchFunctionMode):
         """``to`` and ``cuda``: between the host and the device they copy, and wait or use pageable memory."""
         tensor, targets = args[0], [*args[1:], *kwargs.values()]
         on_host = self._memory.is_host(tensor)
-        for target in targets:
-            if target == "cpu" and not on_host:
-                self._refuse('.to("cpu") reads device data on the host')
-            to_device = isinstance(target, torch.device) or (isinstance(target, str) and target != "cpu")
-            to_device = to_device or (isinstance(target, Tensor) and not self._memory.is_host(target))
-            if on_host and to_device:
-                self._refuse(f".{func.__name__}() copies from pageable host memory to the device")
-            if isinstance(target, Tensor) and self._memory.is_host(target) and not on_host:
-                self._refuse(".to() of a host tensor's device reads device data on the host")
-        return func(*args, **kwargs)
+        to_host = any(self._names_host(target) for target in targets) and not on_host
+        to_device = any(self._names_device(target) for target in targets) and on_host
+        if to_host:
+            self._refuse(f".{func.__name__}() to the host reads device data there")
+        if to_device:
+            self._refuse(f".{func.__name__}() copies from pageable host memory to the device")
+        result = func(*args, **kwargs)
+        if to_host or to_device:
+            result = result.clone()  # on the CPU it would be the same memory
+        if to_host:
+            self._memory.add_host(result)
+        return result
+
+    def _names_host(self, target: Any) -> bool:
+        return target == "cpu" if isinstance(target, str) else self._is(target, on_host=True)
+
+    def _names_device(self, target: Any) -> bool:
+        if isinstance(target, str):
+            return target != "cpu"
+        return isinstance(target, torch.device) or self._is(target, on_host=False)
+
+    def _is(self, target: Any, on_host: bool) -> bool:
+        return isinstance(target, Tensor) and self._memory.is_host(target) is on_host
+
+
+def _classes(args: Any, kwargs: Any) -> int:
+    return int(args[1] if len(args) > 1 else kwargs.get("num_classes", -1))
 
 
 def _on_device(device: Any) -> bool:
-    """Whether a factory was told to make its tensor on the device.
+    """Whether a factory was told to make its tensor on the device, itself or by ``torch.set_default_device``.
 
     On the CPU both are the CPU: ``tensor.device`` is taken for the device, ``"cpu"`` in words for the host.
     """
+    if device is None:
+        device = _device.CURRENT_DEVICE
     return isinstance(device, torch.device) or (device is not None and device != "cpu")
 
 
@@ -131,6 +169,18 @@ _MASKED_PUTS: Final = frozenset(
     {aten.index_put_.default, aten.index_put.default, aten._unsafe_index_put.default, aten._index_put_impl_.default}
 )
 _MASKED_FILLS: Final = frozenset({aten.masked_fill_.Tensor, aten.masked_fill.Tensor})
+_READ_INSIDE: Final = frozenset(
+    {
+        *(aten.index_fill_.int_Tensor, aten.index_fill.int_Tensor),
+        *(
+            getattr(packet, name)
+            for packet in (aten.linspace, aten.logspace)
+            for name in packet.overloads()
+            if name.startswith("Tensor") or name.endswith("Tensor")
+        ),
+    }
+)
+"""Operators that read a 0-d device tensor on the host: those that fill with it, or count between two."""
 _COPIES_INSIDE: Final = frozenset({aten.histc.default})
 """Operators whose CUDA form copies from the host on its own."""
 _NAMES: Final = {
@@ -162,6 +212,8 @@ def _by_data(func: Any, args: Sequence[Any], kwargs: dict[str, Any], memory: Mem
         return "indexing with a boolean mask: the shape of the result depends on data" if masked else None
     if func in _MASKED_FILLS and not memory.is_host(args[2]):
         return "masked_fill by a device tensor reads device data on the host"
+    if func in _READ_INSIDE and any(not memory.is_host(it) for it in _numbers(func, args)):
+        return f"{name} reads a 0-d device tensor on the host"
     if torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None:
         return f"{name}: the shape of the result depends on data"
     return None
@@ -186,8 +238,37 @@ def _by_transfer(func: Any, args: Sequence[Any], host: Sequence[Tensor], memory:
     return f"{name} mixes a host tensor with device tensors" if any(it.dim() > 0 for it in host) else None
 
 
+def _numbers(func: Any, args: Sequence[Any]) -> Sequence[Tensor]:
+    """The tensors among the arguments of an operator of ``_READ_INSIDE`` that stand for numbers."""
+    given = args[3:4] if func.overloadpacket in (aten.index_fill_, aten.index_fill) else args[:2]
+    return [it for it in given if isinstance(it, Tensor)]
+
+
 def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def is_divisible(func: Any) -> bool:
+    """Whether a mode sees the operator ``func`` as a whole although it may be made of others: it is not torch's own, or
+    composite (reshape, contiguous, to) under ``torch.inference_mode``."""
+    return not is_own(func) or (torch.is_inference_mode_enabled() and _is_composite(func))
+
+
+def is_own(func: Any) -> bool:
+    """Whether ``func`` is an operator of torch itself."""
+    return func.namespace in ("aten", "prims", "prim")
+
+
+def divided(func: Any, args: Any, kwargs: Any, key: torch._C.DispatchKey) -> Any:
+    """The result of the divisible ``func``, run as the operators it is made of; inside a mode that mode sees them."""
+    if is_own(func):
+        return func.decompose(*args, **kwargs)
+    return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+
+
+@lru_cache(maxsize=1024)
+def _is_composite(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 def fresh(outputs: Any, inputs: Sequence[Tensor]) -> list[Tensor | None]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.findings import Code
-from nsa_verify.core.implementation import Implementation
-from nsa_verify.device.driving import Note, call, capturable, while_capturing
+from nsa_verify.core.implementation import Implementation, take_fallbacks
+from nsa_verify.device.driving import WARM_UPS, Note, call, capturable, while_capturing
 from nsa_verify.device.memory import Memory
 from nsa_verify.device.rig import Rig
 from nsa_verify.device.stops import CaptureRefused, GraphKey
@@ -18,7 +19,8 @@ from nsa_verify.device.temporaries import WatchedCalls
 class SimulatedSession:
     """One tape per graph key."""
 
-    def __init__(self, tapes: dict[GraphKey, Tape]) -> None:
+    def __init__(self, implementation: Implementation, tapes: dict[GraphKey, Tape]) -> None:
+        self.implementation, self.fallbacks = implementation, take_fallbacks()
         self._tapes = tapes
 
     def begin(self) -> None:
@@ -28,9 +30,7 @@ class SimulatedSession:
 
     def replay(self, mode: Mode, bucket: int) -> None:
         """Play the tape of ``(mode, bucket)``."""
-        tape = self._tapes[mode, bucket]
-        tape.scribble()
-        tape.replay()
+        self._tapes[mode, bucket].replay()
 
     def end(self) -> list[Note]:
         """Nothing: memory that was given back is noticed when a tape is played."""
@@ -57,21 +57,26 @@ class SimulatedGraph:
         for key in keys:
             with while_capturing(key):
                 tapes[key] = _capture(rig, implementation, key)
-        return SimulatedSession(tapes)
+        if any(tape.memory.others for tape in tapes.values()):
+            gc.collect()  # Triton's interpreter leaves cycles that keep what it was given alive
+        return SimulatedSession(implementation, tapes)
 
 
 def _capture(rig: Rig, implementation: Implementation, key: GraphKey) -> Tape:
     source = implementation.source.rpartition(":")[0]
-    rig.load_capture(*key)
-    call(rig, implementation, key, WatchedCalls(source))
-    rig.load_capture(*key)
     host = [rig.host_seq_lens] if rig.setup.host_lengths else []
-    memory = Memory(static=[rig.arena, rig.pool.table], host=host)
-    tape = record(lambda: call(rig, implementation, key, WatchedCalls(source)), memory, source)
+    recorder = Recorder(Memory(static=[rig.arena, rig.pool.table], host=host), source)
+    for _ in range(WARM_UPS):
+        rig.load_capture(*key)
+        with recorder.marking():
+            call(rig, implementation, key, WatchedCalls(source))
+    rig.load_capture(*key)
+    with recorder.recording():
+        call(rig, implementation, key, WatchedCalls(source))
     moved = rig.moved(*key, implementation.writes(rig.setup))
     if moved is not None:
         raise CaptureRefused(Code.MOVED, moved)
-    return tape
+    return recorder.tape
 
 
 def record(region: Callable[[], None], memory: Memory, source: str) -> Tape:

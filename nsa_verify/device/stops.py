@@ -10,11 +10,14 @@ GraphKey = tuple[Mode, int]
 
 
 class ImplementationRaised(Exception):
-    """The implementation raised ``error``; ``while_capturing`` names the graph that was being made, if one was."""
+    """The implementation raised ``error``; ``while_capturing`` names the graph that was being made, if one was.
 
-    def __init__(self, error: BaseException, while_capturing: GraphKey | None = None) -> None:
+    ``line`` is the line of the implementation where ``error`` itself cannot tell it: a graph was replayed.
+    """
+
+    def __init__(self, error: BaseException, while_capturing: GraphKey | None = None, line: str | None = None) -> None:
         super().__init__(str(error))
-        self.error, self.while_capturing = error, while_capturing
+        self.error, self.while_capturing, self.line = error, while_capturing, line
 
 
 class CaptureRefused(RuntimeError):

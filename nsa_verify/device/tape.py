@@ -10,18 +10,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass, replace
 from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_verify.core.findings import Code
 from nsa_verify.device.blame import line_now
 from nsa_verify.device.launches import Launch, intercepted
 from nsa_verify.device.memory import Kind, Memory, revived, tensors_in
-from nsa_verify.device.rules import CaptureFunctions, check_operator, fresh
+from nsa_verify.device.rules import CaptureFunctions, check_operator, divided, fresh, is_divisible, is_own
 from nsa_verify.device.stops import CaptureRefused, ImplementationRaised
 from nsa_verify.device.temporaries import poison
 
@@ -56,6 +57,29 @@ class _Elsewhere(NamedTuple):
         return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
 
 
+class _Wrapped(NamedTuple):
+    """An object of Triton's around a tensor whose memory the tape does not own."""
+
+    wrapper: Any
+    base: _Elsewhere
+
+    @classmethod
+    def of(cls, wrapper: Any, base: _Elsewhere) -> _Wrapped:
+        """``wrapper`` without its tensor."""
+        return cls(_around(wrapper, torch.empty(0, dtype=base.dtype)), base)
+
+    def object(self) -> Any:
+        """The object itself."""
+        return _around(self.wrapper, self.base.tensor())
+
+
+def _around(wrapper: Any, base: Tensor) -> Any:
+    """``wrapper`` around ``base`` instead."""
+    if is_dataclass(wrapper):
+        return replace(wrapper, base=base)  # type: ignore[type-var]
+    return type(wrapper)(base, wrapper.dtype)
+
+
 class _Call(NamedTuple):
     """One recorded call. ``outputs`` are the recorded tensors that its fresh results are copied into."""
 
@@ -83,7 +107,7 @@ class Tape:
         self.own: list[Tensor] = []
 
     def scribble(self) -> None:
-        """Poison the memory that the tape owns: between replays a graph's temporaries belong to anyone."""
+        """Poison the memory that the tape owns: before its replay it holds nothing."""
         for tensor in self.own:
             poison(tensor)
 
@@ -98,8 +122,7 @@ class Tape:
             try:
                 call.run()
             except Exception as error:
-                raised = RuntimeError(f"{type(error).__name__}: {error} (replaying {call.line})")
-                raise ImplementationRaised(raised) from error
+                raise ImplementationRaised(error, line=call.line) from error
 
 
 class Recorder(TorchDispatchMode):
@@ -112,11 +135,24 @@ class Recorder(TorchDispatchMode):
         self._functions = CaptureFunctions(memory, self._refuse)
         self._stream = torch.cpu.current_stream()
         self._refused: CaptureRefused | None = None
+        self._paused = self._marking = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Where torch asks this, it need not import its compiler (1.5 s) for a mode that never meets compiled code.
-        return False
+        # Where torch asks this, it imports its compiler (1.5 s) for a mode that says yes.
+        return "torch._dynamo" in sys.modules
+
+    @contextmanager
+    def marking(self) -> Iterator[None]:
+        """Only take note of what is made in host memory: what a warm-up caches is then known at the capture."""
+        self._functions.refuse = None
+        self._marking = True
+        try:
+            with _modes_restored(), self, self._functions:
+                yield
+        finally:
+            self._functions.refuse = self._refuse
+            self._marking = False
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -125,6 +161,7 @@ class Recorder(TorchDispatchMode):
             for owner, name, instead in self._replacements():
                 stack.enter_context(_replaced(owner, name, instead))
             stack.enter_context(intercepted(self._launch))
+            stack.enter_context(_modes_restored())
             stack.enter_context(self)
             stack.enter_context(self._functions)
             yield
@@ -132,40 +169,64 @@ class Recorder(TorchDispatchMode):
             raise self._refused
 
     def _replacements(self) -> list[tuple[Any, str, Any]]:
-        def synchronize(*_: object, **__: object) -> NoReturn:
-            self._refuse("waits for the device", Code.NEEDS_SYNC)
+        def waiting() -> Any:
+            # A function of its own for every name: torch's compiler knows some of them by identity.
+            def synchronize(*_: object, **__: object) -> NoReturn:
+                self._refuse("waits for the device", Code.NEEDS_SYNC)
+
+            return synchronize
 
         def tune(*_: object, **__: object) -> NoReturn:
             self._refuse("autotunes a kernel, which runs and times it")
 
-        waits: list[tuple[Any, str]] = [(torch.cpu, "synchronize"), (torch.cuda, "synchronize")]
-        waits += [(torch.accelerator, "synchronize"), (torch.cuda.Stream, "synchronize")]
-        waits += [(torch.cuda.Event, "synchronize")]
-        found: list[tuple[Any, str, Any]] = [(owner, name, synchronize) for owner, name in waits]
+        owners = (torch.cpu, torch.cuda, torch.accelerator, torch.cuda.Stream, torch.cuda.Event)
+        found: list[tuple[Any, str, Any]] = [(owner, "synchronize", waiting()) for owner in owners]
         found.append((torch.cuda, "is_current_stream_capturing", lambda: True))
-        autotuner = _loaded("triton.runtime.autotuner", "Autotuner")
+        found.append((torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", lambda: True))
+        autotuner = getattr(sys.modules.get("triton.runtime.autotuner"), "Autotuner", None)
         return [*found, (autotuner, "_bench", tune)] if autotuner is not None else found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        result: Any = NotImplemented
+        if is_divisible(func):
+            calls = len(self.tape.calls)
+            with self:
+                result = divided(func, args, kwargs, torch._C.DispatchKey.CPU)
+            if is_own(func) or len(self.tape.calls) > calls:
+                return result
         used = [*tensors_in(args), *tensors_in(kwargs)]
         host = [tensor for tensor in used if self._memory.is_host(tensor)]
-        if func is aten.lift_fresh.default or (len(host) == len(used) and (used or self._functions.making_host)):
-            result = func(*args, **kwargs)
+        all_host = len(host) == len(used) and (bool(used) or self._functions.making_host)
+        if func is aten.lift_fresh.default or all_host:
+            result = func(*args, **kwargs) if result is NotImplemented else result
             self._memory.add_host(result)
             return result
-        check_operator(func, args, kwargs, host, self._memory, self._refuse)
+        if self._marking:
+            return func(*args, **kwargs) if result is NotImplemented else result
+        return self._record(func, args, kwargs, used, host, result)
+
+    def _record(
+        self, func: Any, args: Any, kwargs: dict[str, Any], used: list[Tensor], host: list[Tensor], result: Any
+    ) -> Any:
+        """Record one operator and run it, unless ``result`` says that it has run."""
+        own = is_own(func)
+        if own:
+            check_operator(func, args, kwargs, host, self._memory, self._refuse)
         line = self._note(used)
-        if func.is_view:
-            return func(*args, **kwargs)
         call_args, call_kwargs = self._frozen(args), self._frozen(kwargs)
-        result = func(*args, **kwargs)
-        outputs = tuple(fresh(result, used))
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
+        # What an operator that is not torch's own returns may be kept somewhere: it does not belong to the graph.
+        outputs = tuple(fresh(result, used)) if own else ()
         for output in outputs:
             if output is not None:
                 self._memory.add_own(output)
                 self.tape.own.append(_same(output))
-        if func not in _ALLOCATIONS:
+        is_view = not func._schema.is_mutable and all(output is None for output in outputs) and own
+        if func not in _ALLOCATIONS and not is_view:
             kept = tuple(None if output is None else _same(output) for output in outputs)
             self.tape.calls.append(_Call(func, call_args, call_kwargs, kept, line))
         return result
@@ -178,20 +239,42 @@ class Recorder(TorchDispatchMode):
         self._memory.use([tensor for tensor in used if not self._memory.is_host(tensor)], line)
         return line
 
-    def _launch(self, launch: Launch) -> None:
-        """Record a launch; it runs at the replays only, as on CUDA."""
-        with torch._C.DisableTorchFunction(), _disable_current_modes():
-            self._record_launch(launch)
+    def _launch(self, launch: Launch) -> Any:
+        """Record a launch, and let it run: torch operators behind it work on what it leaves."""
+        with self._pause():
+            used = [*tensors_in(launch.args), *tensors_in(launch.kwargs)]
+            if any(self._memory.is_host(tensor) for tensor in used):
+                self._refuse(f"the kernel {launch.name} is given a host tensor")
+            line = self._note(used)
+            grid = self._settled(launch.kwargs["grid"])
+            kwargs = {name: self._frozen(value) for name, value in launch.kwargs.items() if name != "grid"}
+            args = (launch.kernel, *self._frozen(launch.args))
+            self.tape.calls.append(_Call(launch.run, args, {**kwargs, "grid": grid}, (), line))
+            return launch.run(launch.kernel, *launch.args, **{**launch.kwargs, "grid": grid})
 
-    def _record_launch(self, launch: Launch) -> None:
-        used = [*tensors_in(launch.args), *tensors_in(launch.kwargs)]
-        if any(self._memory.is_host(tensor) for tensor in used):
-            self._refuse(f"the kernel {launch.name} is given a host tensor")
-        line = self._note(used)
-        kwargs = {name: self._frozen(value) for name, value in launch.kwargs.items() if name != "grid"}
-        kwargs["grid"] = _settled(launch)
-        args = (launch.kernel, *self._frozen(launch.args))
-        self.tape.calls.append(_Call(launch.run, args, kwargs, (), line))
+    @contextmanager
+    def _pause(self, paused: bool = True) -> Iterator[None]:
+        """What runs inside the block is not of the implementation."""
+        before = self._paused
+        self._paused = self._functions.paused = paused
+        try:
+            yield
+        finally:
+            self._paused = self._functions.paused = before
+
+    def _settled(self, grid: Any) -> Any:
+        """A grid by value: a function of the arguments is asked once, at capture, and held to the rules."""
+        if not callable(grid):
+            return grid
+        known: list[Any] = []
+
+        def settled(arguments: Any) -> Any:
+            if not known:
+                with self._pause(paused=False):
+                    known.append(grid(arguments))
+            return known[0]
+
+        return settled
 
     def _frozen(self, values: Any) -> Any:
         """``values`` as a tape keeps them: 0-d host tensors by value, memory of others without keeping it alive."""
@@ -205,10 +288,12 @@ class Recorder(TorchDispatchMode):
                 return _Elsewhere(storage, values.dtype, *place)
             return _same(values)
         if isinstance(values, (tuple, list)):
-            frozen = [self._frozen(value) for value in values]
-            return frozen if isinstance(values, list) else tuple(frozen)
+            return _alike(values, [self._frozen(value) for value in values])
         if isinstance(values, dict):
             return {name: self._frozen(value) for name, value in values.items()}
+        if isinstance(getattr(values, "base", None), Tensor):
+            base = self._frozen(values.base)
+            return _Wrapped.of(values, base) if isinstance(base, _Elsewhere) else values
         return values
 
     def _refuse(self, sentence: str, code: Code = Code.ILLEGAL_IN_CAPTURE) -> NoReturn:
@@ -219,40 +304,40 @@ class Recorder(TorchDispatchMode):
 
 def _same(tensor: Tensor) -> Tensor:
     """Another tensor of the same memory: what the implementation does to its own cannot move this one."""
-    return torch.empty(0, dtype=tensor.dtype).set_(
-        tensor.untyped_storage(), int(tensor.storage_offset()), tensor.size(), tensor.stride()
-    )
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=tensor.dtype).set_(
+            tensor.untyped_storage(), int(tensor.storage_offset()), tensor.size(), tensor.stride()
+        )
+
+
+def _alike(values: Any, elements: list[Any]) -> Any:
+    """``elements`` in a list, a tuple or a named tuple, as ``values`` is one."""
+    return type(values)(*elements) if hasattr(values, "_fields") else type(values)(elements)
 
 
 def _thawed(values: Any) -> Any:
     if isinstance(values, _Elsewhere):
         return values.tensor()
-    if isinstance(values, list):
-        return [_thawed(value) for value in values]
-    if isinstance(values, tuple) and type(values) is tuple:
-        return tuple(_thawed(value) for value in values)
+    if isinstance(values, _Wrapped):
+        return values.object()
+    if isinstance(values, (tuple, list)):
+        return _alike(values, [_thawed(value) for value in values])
     if isinstance(values, dict):
         return {name: _thawed(value) for name, value in values.items()}
     return values
 
 
-def _settled(launch: Launch) -> Any:
-    """The launch's grid by value: a function of the arguments is asked once, at capture."""
-    grid = launch.kwargs["grid"]
-    if not callable(grid):
-        return grid
-    known: list[Any] = []
-
-    def settled(arguments: Any) -> Any:
-        if not known:
-            known.append(grid(arguments))
-        return known[0]
-
-    return settled
-
-
-def _loaded(module: str, name: str) -> Any:
-    return getattr(sys.modules.get(module), name, None)
+@contextmanager
+def _modes_restored() -> Iterator[None]:
+    """Ctrl-C can strike where a mode is left: none must stay behind."""
+    functions, dispatches = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    try:
+        yield
+    finally:
+        while torch._C._len_torch_function_stack() > functions:
+            torch._C._pop_torch_function_stack()
+        while torch._C._len_torch_dispatch_stack() > dispatches:
+            torch._C._pop_torch_dispatch_stack(None)
 
 
 @contextmanager

@@ -41,7 +41,9 @@ class WatchedCalls(TorchFunctionMode):
         try:
             result = func(*args, **(kwargs or {}))
         except Exception as error:
-            self.failed(getattr(func, "__name__", str(func)), error)
+            name = getattr(func, "__name__", str(func))
+            if not _is_probe(name, error):
+                self.failed(name, error)
             raise
         if func in _UNINITIALISED and result.numel():
             poison(result)
@@ -51,6 +53,11 @@ class WatchedCalls(TorchFunctionMode):
         """Note that ``what`` raised ``error`` at the implementation's current line."""
         said = (str(error).splitlines() or [""])[0]
         self.errors.append(f"{what} raised {type(error).__name__}: {said} ({line_now(self._source)})")
+
+
+def _is_probe(name: str, error: Exception) -> bool:
+    """Whether this is how Python asks what an object can do: ``hasattr``, ``len`` of what has no length."""
+    return isinstance(error, AttributeError) or name in ("__get__", "__len__", "__iter__")
 
 
 def poison(tensor: Tensor) -> None:

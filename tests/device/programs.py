@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from nsa_verify import Code
 
@@ -119,6 +120,45 @@ def _scatter(it: Data) -> None:
     it.out.scatter_add_(0, it.y.long().clamp(0, 7), it.x)
 
 
+@torch.library.custom_op("nsa_verify_programs::doubled", mutates_args=())
+def _doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@torch.library.custom_op("nsa_verify_programs::first", mutates_args=())
+def _first(x: Tensor) -> Tensor:
+    return torch.full_like(x, x[0].item())
+
+
+@torch.library.custom_op("nsa_verify_programs::filled", mutates_args=())
+def _filled(x: Tensor, host: Tensor) -> Tensor:
+    return torch.full_like(x, int(host.max()))
+
+
+@torch.library.custom_op("nsa_verify_programs::table", mutates_args=("kept",))
+def _read_table(x: Tensor, kept: Tensor) -> Tensor:
+    return x + kept.mul_(1)
+
+
+def _inference(it: Data) -> None:
+    with torch.inference_mode():
+        it.out.copy_(it.x.view(4, 2).t().reshape(-1) + it.y.contiguous().to(torch.int64).flatten())
+
+
+def _default_device(it: Data) -> None:
+    with it.device:
+        it.out.copy_(torch.arange(8) + it.x)
+
+
+def _through_dlpack(it: Data) -> None:
+    from_dlpack(it.out).copy_(from_dlpack(it.x))
+
+
+def _kept_in_an_operator(it: Data) -> None:
+    table = it.state.setdefault("table", torch.arange(8, device=it.device, dtype=torch.int32))
+    it.out.copy_(_read_table(it.x, table))
+
+
 LEGAL: Final[dict[str, Program]] = {
     "copy": lambda it: it.out.copy_(it.x),
     "add": lambda it: it.out.copy_(it.x + it.y + 3),
@@ -177,6 +217,13 @@ LEGAL: Final[dict[str, Program]] = {
     "comparison": lambda it: it.out.copy_((it.x[None, :] <= it.y[:, None]).sum(1)),
     "cached from the warm-up": _cached,
     "workspace from the warm-up": _workspace,
+    "inference mode": _inference,
+    "no_grad": lambda it: torch.no_grad()(lambda: it.out.copy_(it.x.reshape(2, 4).t().reshape(-1)))(),
+    "operator of one's own": lambda it: it.out.copy_(_doubled(it.x)),
+    "table kept for an operator of one's own": _kept_in_an_operator,
+    "default device": _default_device,
+    "DLPack": _through_dlpack,
+    "one_hot": lambda it: it.out.copy_(torch.nn.functional.one_hot(it.y.long().clamp(0, 7), 8).sum(0)),
     "shape on the host": lambda it: it.out.copy_(it.x + it.x.shape[0] + it.x.stride(0)),
     "branch on capturing": _branch_on_capturing,
     "host arithmetic on the mirror": lambda it: it.mirror.max() + 1,
@@ -189,6 +236,7 @@ FROZEN: Final[dict[str, Program]] = {
     "host list": lambda it: it.out.copy_(it.x + sum(it.mirror.tolist())),
     "host scalar tensor": lambda it: it.out.copy_(it.y + it.mirror.max()),
     "0-d view of host memory": lambda it: it.out.copy_(it.y + it.mirror[0]),
+    "host tensor for an operator of one's own": lambda it: it.out.copy_(_filled(it.x, it.mirror)),
     "bound of a slice": lambda it: it.out.zero_()[: int(it.mirror[0])].copy_(it.x[: int(it.mirror[0])]),
     "branch": lambda it: it.out.copy_(it.x if bool(it.mirror[0] > 1) else it.y),
 }
@@ -240,6 +288,9 @@ ILLEGAL: Final[dict[str, tuple[Program, Code]]] = {
         "unique_consecutive": lambda it: it.x.unique_consecutive(),
         "combinations": lambda it: torch.combinations(it.x),
         "histc": lambda it: it.x.float().histc(4),
+        "item in an operator of one's own": lambda it: it.out.copy_(_first(it.x)),
+        "index_fill_ by a 0-d tensor": lambda it: it.out.index_fill_(0, it.y.long().clamp(0, 7), it.x[0]),
+        "linspace to a device value": lambda it: torch.linspace(0, it.x[0], 8, device=it.device),
         "printing": lambda it: repr(it.x),
         "swallowed": _swallowed,
     }.items()

@@ -25,7 +25,7 @@ SETUP = Setup(num_draft_tokens=3, page_size=16, table_width=40, pool_rows=3, poo
 SHORT, LONG = (Request(1, 0),), (Request(33, 1), Request(5, 2))
 ONE = Case(SETUP, (Replay(Mode.DECODE, LONG),))
 TWO = Case(SETUP, (Replay(Mode.DECODE, LONG), Replay(Mode.DECODE, SHORT)))
-BUCKETS = Case(SETUP, (Replay(Mode.DECODE, LONG), Replay(Mode.DECODE, LONG * 2)))
+BUCKETS = Case(SETUP, (Replay(Mode.DECODE, LONG * 2), Replay(Mode.DECODE, LONG)))
 MODES = Case(SETUP, tuple(Replay(mode, LONG) for mode in (Mode.DECODE, Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND_V2)))
 
 
@@ -190,7 +190,7 @@ def test_nv303_a_workspace_that_grew_after_the_capture() -> None:
     assert verify(BUCKETS, _with_workspace()).outcome is Outcome.AGREE
     assert verify(ONE, _with_workspace(), GRAPH).outcome is Outcome.AGREE
     finding = first(BUCKETS, _with_workspace())
-    assert (finding.code, finding.replay) == (Code.MOVED, 0)
+    assert (finding.code, finding.replay) == (Code.MOVED, 1)
     assert f"{HERE}:" in finding.message
 
 

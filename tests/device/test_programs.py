@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -228,3 +229,62 @@ def test_captures_do_not_use_up_memory() -> None:
     for _ in range(50):
         once()
     assert torch.cuda.memory_reserved() == before
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [torch.cpu.synchronize, torch.cuda.synchronize, torch.accelerator.synchronize],
+    ids=lambda wait: f"{wait.__module__}",
+)
+def test_every_way_to_wait_is_refused(wait: Callable[[], None]) -> None:
+    # Asked by its name inside, where the region looks it up.
+    owner, name = sys.modules[wait.__module__], wait.__name__
+    with pytest.raises(CaptureRefused) as refused, captured(lambda it: _inside(it, owner, name), "cpu"):
+        pass
+    assert refused.value.code is Code.NEEDS_SYNC
+
+
+def _inside(it: Data, owner: object, name: str) -> None:
+    if it.state.setdefault("warm", 0):
+        getattr(owner, name)()
+    it.state["warm"] += 1
+
+
+def test_nothing_stays_patched() -> None:
+    def names() -> list[object]:
+        owners = (torch.cpu, torch.cuda, torch.accelerator, torch.cuda.Stream, torch.cuda.Event)
+        return [vars(owner).get("synchronize") for owner in owners] + [torch.cuda.is_current_stream_capturing]
+
+    before = names()
+    with captured(LEGAL["add"], "cpu"):
+        assert names() == before
+    with pytest.raises(CaptureRefused), captured(ILLEGAL[".item()"][0], "cpu"):
+        pass
+    assert names() == before
+
+
+def test_an_interruption_leaves_no_mode_behind() -> None:
+    def interrupted(it: Data) -> None:
+        if it.state.setdefault("warm", 0):
+            raise KeyboardInterrupt
+        it.state["warm"] = 1
+
+    with pytest.raises(KeyboardInterrupt), captured(interrupted, "cpu"):
+        pass
+    assert torch._C._len_torch_dispatch_stack() == 0
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_memory_that_was_resized_elsewhere_has_moved() -> None:
+    kept = torch.zeros(8, dtype=torch.int32)
+
+    def program(it: Data) -> None:
+        kept.copy_(it.x)
+        it.out.copy_(kept)
+
+    with captured(program, "cpu") as it:
+        assert it.replayed() == AT_REPLAY[0]
+        kept.resize_(1 << 20)
+        with pytest.raises(CaptureRefused) as refused:
+            it.replayed()
+    assert refused.value.code is Code.MOVED
