@@ -163,11 +163,16 @@ class SharedPool:
 
     @classmethod
     def give_up(cls) -> None:
-        """After a capture that was refused: torch leaves the pool in the middle of a recording."""
+        """After a capture that was refused: torch leaves the pool in the middle of a recording, and nothing can be
+        captured in it any more. The next capture makes another; this one's memory goes with its last graph."""
         device, handle = torch.cuda.current_device(), cls.handle()
         with suppress(RuntimeError):  # raised where torch has ended the recording itself
             torch._C._cuda_endAllocateToPool(device, handle)
             torch._C._cuda_releasePool(device, handle)
+        if cls._anchor is not None:
+            cls._anchor.reset()
+            cls._anchor = None
+        torch.cuda.empty_cache()
 
 
 class Region(NamedTuple):
@@ -244,15 +249,15 @@ class GraphSession:
     def capture(self, rig: Rig, implementation: Implementation, key: GraphKey) -> None:
         """Warm up, and capture the graph of ``key`` on a stream of its own."""
         source = implementation.source.rpartition(":")[0]
-        rig.load_capture(*key)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(self._stream):
-                for _ in range(WARM_UPS):
+        for _ in range(WARM_UPS):
+            rig.load_capture(*key)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(self._stream):
                     call(rig, implementation, key, WatchedCalls(source))
-        finally:
-            # Whatever comes next writes the inputs that a warm-up may still read.
-            torch.cuda.synchronize()
+            finally:
+                # Whatever comes next writes the inputs that a warm-up may still read.
+                torch.cuda.synchronize()
         rig.load_capture(*key)
         before = rig.arena.clone()
         torch.cuda.synchronize()
