@@ -22,6 +22,11 @@ def below(draw: st.DrawFn, limit: int) -> int:
     return draw(_integers(0, limit - 1))
 
 
+def between(draw: st.DrawFn, low: int, high: int) -> int:
+    """Draw one of ``low..high``; a range of one value takes a choice too, and leaves the value there when it widens."""
+    return draw(_integers(low, high))
+
+
 def pick(draw: st.DrawFn, values: Sequence[T]) -> T:
     """Draw one of ``values``; it shrinks to the first, and repeated values are drawn more often."""
     return values[draw(_integers(0, len(values) - 1))]

@@ -10,17 +10,21 @@ from hypothesis import strategies as st
 from nsa_verify.core.case import INT32_MAX, Mode, Setup, longest, shortest
 from nsa_verify.strategies.choice import near
 from nsa_verify.strategies.swarm import Feature, Swarm
+from nsa_verify.strategies.turns import Stretch
 
 MOST_MULTIPLES = 256
 TILES = (128, 256)
 """Columns and tokens that kernels and the paged-MQA schedule work in."""
+NARROW = (1 << 15, 1 << 16)
+"""The first lengths that do not fit 15, or 16, bits."""
 
 
 def boundaries(setup: Setup, mode: Mode) -> tuple[int, ...]:
     """The ``seq_len`` values, ascending, at which the metadata of ``mode`` changes its shape.
 
     1, fill, N-1..N+1; the lengths that put an expanded row at K-1..K+1; those whose KV length is a multiple of p or of
-    a tile of 128 or 256 (in very wide tables: of many of them), give or take one; W-N..W+N; the end of the pool row.
+    a tile of 128 or 256 (in very wide tables: of many of them), give or take one; W-N..W+N; the end of the pool row;
+    2**15 and 2**16, and one less.
     Only those that a real request may have.
     """
     return tuple(sorted({value for group in _boundaries(setup, mode) for value in group}))
@@ -28,7 +32,8 @@ def boundaries(setup: Setup, mode: Mode) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1024)
 def _boundaries(setup: Setup, mode: Mode) -> tuple[tuple[int, ...], ...]:
-    """The boundaries in groups: the smallest lengths, those of the top-k, of the wall, of the pages, of the tiles."""
+    """The boundaries in groups: the smallest lengths, those of the top-k, of the wall, of the pages, of the tiles, of
+    narrow integers."""
     tokens, end = setup.num_draft_tokens, longest(setup, mode)
     verify = mode is Mode.TARGET_VERIFY
     smallest = {1, setup.fill_seq_len, tokens - 1, tokens, tokens + 1}
@@ -45,7 +50,9 @@ def _boundaries(setup: Setup, mode: Mode) -> tuple[tuple[int, ...], ...]:
     )
     if setup.page_size == 1:
         pages = set()
-    return tuple(_legal(group, end) for group in (smallest, top_k, wall, pages, tiles))
+    narrow = {width + past - added for width in NARROW for past in (-1, 0) for added in {0, before}}
+    # Three times: where they are legal at all they are few of very many lengths, and nothing else brings them.
+    return tuple(_legal(group, end) for group in (smallest, top_k, wall, pages, tiles, narrow, narrow, narrow))
 
 
 def _multiples(unit: int, most: int) -> Iterable[int]:
@@ -78,9 +85,24 @@ def _longest_summable(setup: Setup) -> int:
     return INT32_MAX // addends - tokens
 
 
-def draw_length(draw: st.DrawFn, setup: Setup, mode: Mode, accept_len: int, swarm: Swarm) -> int:
-    """Draw a ``seq_len``; a function, since a strategy made anew for every draw costs more than the draw."""
+def draw_length(
+    draw: st.DrawFn,
+    setup: Setup,
+    mode: Mode,
+    accept_len: int,
+    swarm: Swarm,
+    stretch: Stretch = Stretch.ANY,
+    wanted: int | None = None,
+) -> int:
+    """Draw a ``seq_len``: ``wanted`` or what is legal next to it; else the extreme of ``stretch``.
+
+    A function, since a strategy made anew for every draw costs more than the draw.
+    """
     low, high = length_range(setup, mode, accept_len, swarm)
+    if wanted is not None:
+        return near(draw, low, high, (min(max(wanted, low), high),), plain_in_ten=0)
+    if stretch is not Stretch.ANY:
+        return near(draw, low, high, (low if stretch is Stretch.SHORTEST else high,), plain_in_ten=0)
     favourites = _favourites(setup, mode, low, high) if Feature.BOUNDARY_LENGTHS in swarm else ()
     return near(draw, low, high, favourites, plain_in_ten=4)
 

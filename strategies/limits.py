@@ -21,10 +21,18 @@ class Limits:
     """The same where there are many rows."""
     top_k_width: int
     """The same where ``index_topk`` is 2048 and rows are few."""
+    long_width: int
+    """The same under ``Feature.LONG_CONTEXT``, where the page table is narrow."""
+    pool_cells: int
+    """The most cells of ``req_to_token``: its memory is written and compared whole, however little of it is used."""
     pool_rows: int
     steps: int
+    """Usually at most this many."""
+    most_steps: int
     replays: int
-    """Usually at most this many; one more in rare cases."""
+    """Usually at most this many; one more at times."""
+    most_replays: int
+    """The same under ``Feature.LONG_SEQUENCES``."""
 
     @classmethod
     def small(cls) -> Limits:
@@ -36,22 +44,38 @@ class Limits:
             width=320,
             many_rows_width=64,
             top_k_width=2112,
+            long_width=66_000,
+            pool_cells=200_000,
             pool_rows=8,
             steps=4,
+            most_steps=4,
             replays=3,
+            most_replays=8,
         )
 
     @classmethod
     def large(cls) -> Limits:
-        """For a GPU, where the oracle's plain integers are what costs."""
+        """For a GPU, where the oracle's plain integers are what costs: about four times a small case."""
         return cls(
             batch_size=32,
             rows=128,
             many_rows=1056,
-            width=1100,
-            many_rows_width=320,
-            top_k_width=4224,
+            width=900,
+            many_rows_width=64,
+            top_k_width=3200,
+            long_width=140_000,
+            pool_cells=4_000_000,
             pool_rows=33,
-            steps=8,
-            replays=6,
+            steps=4,
+            most_steps=8,
+            replays=7,
+            most_replays=8,
         )
+
+    @classmethod
+    def for_device(cls, device: str) -> Limits:
+        """``small`` for ``cpu``, ``large`` for ``cuda``, with or without an index; ``ValueError`` for any other."""
+        limits = {"cpu": cls.small, "cuda": cls.large}.get(device.partition(":")[0])
+        if limits is None:
+            raise ValueError(f"device = {device!r}: must be cpu or cuda")
+        return limits()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from typing import NamedTuple
 
 from hypothesis import strategies as st
 
 from nsa_verify.core.case import Mode, Request, Setup, longest, shortest
-from nsa_verify.strategies.choice import below, chance, pick
+from nsa_verify.strategies.choice import between, pick
 from nsa_verify.strategies.lengths import draw_length
 from nsa_verify.strategies.limits import Limits
 from nsa_verify.strategies.swarm import Feature, Swarm
-
-DISTINCT_REQUESTS = 8
-"""A larger batch repeats its requests: tables drawn element by element do not shrink."""
+from nsa_verify.strategies.turns import DISTINCT_REQUESTS, Before, Given, Stretch, allowed_sizes
 
 
 class Pattern(IntEnum):
@@ -32,6 +31,14 @@ class _Accepts(NamedTuple):
     pattern: Pattern
     choices: tuple[int, ...]
     last: int
+
+
+class _Place(NamedTuple):
+    """What of one request is settled: which one goes on, its pool row, which lengths are drawn."""
+
+    kept: Request | None
+    pool_row: int | None
+    stretch: Stretch
 
 
 def requests(
@@ -53,30 +60,42 @@ def requests(
 def _requests(
     draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm, limits: Limits, bucket: int | None
 ) -> tuple[Request, ...]:
-    batch = draw_requests(draw, setup, mode, swarm, bucket)
+    batch, _ = draw_requests(draw, setup, mode, swarm, bucket)
     # Drawn last: an empty batch is then no shorter to draw than a batch of one, and does not count as simpler.
-    empty = may_be_empty(setup, swarm, bucket) and chance(draw, empty_in_ten(setup, limits))
-    return () if empty else batch
+    return () if draw_empty(draw, setup, swarm, limits, bucket) else batch
 
 
-def draw_requests(draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm, bucket: int | None) -> tuple[Request, ...]:
-    """Draw a batch that is not empty, unless no real request fits."""
+def draw_requests(
+    draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm, bucket: int | None, given: Given | None = None
+) -> tuple[tuple[Request, ...], Before]:
+    """Draw a batch that is not empty, unless no real request fits; and what the next one may follow from."""
     if not has_room(setup, mode):
-        return ()
-    least, most = _batch_sizes(draw, setup, swarm, bucket)
+        return (), Before((), 0)
+    given = given or Given()
+    allowed, sizes = _sizes(draw, setup, swarm, bucket, given)
     accepts = _accepts(draw, setup, mode, swarm)
     # A count, and right behind it what it counts: Hypothesis can take the first ones out as well as the last.
-    count = 1 + below(draw, min(most, DISTINCT_REQUESTS))
-    drawn = [_request(draw, setup, mode, swarm, accepts) for _ in range(count)]
-    size = max(least, len(drawn))
-    if most > DISTINCT_REQUESTS and size < most:
-        size += below(draw, most - size + 1)
+    highest = min(given.most, sizes[-1], DISTINCT_REQUESTS)
+    count = 1 + between(draw, min(given.fewest, highest) - 1, highest - 1)
+    kept = given.staying(count)
+    rows = (*(request.pool_row for request in kept), *given.rows)
+    drawn = []
+    for index in range(count):
+        place = _Place(
+            kept=kept[index] if index < len(kept) else None,
+            pool_row=rows[index] if index < len(rows) else None,
+            stretch=given.stretch,
+        )
+        drawn.append(_request(draw, setup, mode, swarm, accepts, place))
+    size, least = next(size for size in sizes if size >= count), max(allowed[0], count)
+    if allowed[-1] > DISTINCT_REQUESTS and least < allowed[-1]:
+        size = least + between(draw, size - least, sizes[-1] - least)
     batch = list(islice(cycle(drawn), size))
     if Feature.POOL_ROWS not in swarm:
-        batch = [Request(it.seq_len, index % setup.pool_rows, it.accept_len) for index, it in enumerate(batch)]
+        batch = _with_own_rows(setup, batch, rows)
     if accepts.pattern is Pattern.ALMOST_UNIFORM:
         batch[-1] = Request(batch[-1].seq_len, batch[-1].pool_row, accepts.last)
-    return tuple(batch)
+    return tuple(batch), Before(tuple(batch[:count]), size)
 
 
 def has_room(setup: Setup, mode: Mode) -> bool:
@@ -84,45 +103,69 @@ def has_room(setup: Setup, mode: Mode) -> bool:
     return shortest(setup, mode, 1) <= longest(setup, mode)
 
 
-def may_be_empty(setup: Setup, swarm: Swarm, bucket: int | None) -> bool:
-    """Whether no request at all is allowed; the smallest bucket serves that."""
-    allowed = Feature.PADDING in swarm and Feature.EMPTY_BATCHES in swarm
-    return allowed and bucket in (None, setup.buckets[0])
+def draw_empty(draw: st.DrawFn, setup: Setup, swarm: Swarm, limits: Limits, bucket: int | None) -> bool:
+    """Draw whether a batch is empty: one of ten, and half of them where there are many rows.
+
+    There only padded rows have length 0. No draw where it cannot be: the smallest bucket serves an empty batch.
+    """
+    if not {Feature.PADDING, Feature.EMPTY_BATCHES} <= swarm.features or bucket not in (None, setup.buckets[0]):
+        return False
+    many = setup.buckets[0] * setup.num_draft_tokens > limits.rows
+    return between(draw, 8 if many else 0, 9) == 9
 
 
-def empty_in_ten(setup: Setup, limits: Limits) -> int:
-    """How many batches of ten are empty; more where there are many rows, since only padded rows have length 0."""
-    return 5 if setup.buckets[0] * setup.num_draft_tokens > limits.rows else 1
-
-
-def _batch_sizes(draw: st.DrawFn, setup: Setup, swarm: Swarm, bucket: int | None) -> tuple[int, int]:
-    """The fewest (but for none) and the most requests."""
-    if Feature.PADDING not in swarm:
-        exact = bucket if bucket is not None else pick(draw, setup.buckets)
-        return exact, exact
+def _sizes(
+    draw: st.DrawFn, setup: Setup, swarm: Swarm, bucket: int | None, given: Given
+) -> tuple[Sequence[int], Sequence[int]]:
+    """The batch sizes that there may be, and those to choose from."""
+    allowed = allowed_sizes(setup, swarm, bucket)
+    sizes = given.sizes or allowed
+    if Feature.PADDING in swarm:
+        return allowed, sizes
     if bucket is None:
-        return 1, setup.buckets[-1]
-    smaller = max((size for size in setup.buckets if size < bucket), default=0)
-    return smaller + 1, bucket
+        first = allowed.index(sizes[0])
+        bucket = allowed[between(draw, first, first + len(sizes) - 1)]
+    return (bucket,), (bucket,)
+
+
+def _with_own_rows(setup: Setup, batch: Sequence[Request], rows: Sequence[int]) -> list[Request]:
+    """``batch`` on ``rows``, then on the lowest that are free, as long as there are any."""
+    settled = rows[: len(batch)]
+    free = [row for row in range(setup.pool_rows) if row not in settled] or [0]
+    every = chain(settled, cycle(free))
+    return [Request(it.seq_len, row, it.accept_len) for it, row in zip(batch, every, strict=False)]
 
 
 def _accepts(draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm) -> _Accepts:
-    if mode is not Mode.DRAFT_EXTEND:
-        return _Accepts(Pattern.RAGGED, (1,), 1)
-    tokens = setup.num_draft_tokens
-    zero = (0,) if Feature.ZERO_ACCEPTS in swarm else ()
+    ragged = mode is Mode.DRAFT_EXTEND
+    tokens = setup.num_draft_tokens if ragged else 1
+    zero = (0,) if ragged and Feature.ZERO_ACCEPTS in swarm else ()
     choices = (1, *zero, *range(2, tokens + 1), tokens)
-    pattern = pick(draw, tuple(Pattern)) if Feature.UNIFORM_ACCEPTS in swarm else Pattern.RAGGED
+    # As many choices in every mode: a mode shrinks to another where nothing shifts.
+    pattern = Pattern.RAGGED
+    if Feature.UNIFORM_ACCEPTS in swarm:
+        pattern = Pattern(between(draw, 0, len(Pattern) - 1 if ragged else 0))
+    common = choices[between(draw, 0, len(choices) - 1 if pattern is not Pattern.RAGGED else 0)]
     if pattern is Pattern.RAGGED:
         return _Accepts(pattern, choices, 1)
-    common = pick(draw, choices)
     if pattern is Pattern.UNIFORM:
         return _Accepts(pattern, (common,), common)
     last = common - 1 if common - 1 in choices else min(common + 1, tokens)
     return _Accepts(pattern, (common,), last)
 
 
-def _request(draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm, accepts: _Accepts) -> Request:
-    accept_len = pick(draw, accepts.choices) if len(accepts.choices) > 1 else accepts.choices[0]
-    seq_len = draw_length(draw, setup, mode, max(accept_len, accepts.last), swarm)
-    return Request(seq_len, below(draw, setup.pool_rows) if Feature.POOL_ROWS in swarm else 0, accept_len)
+def _request(draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm, accepts: _Accepts, place: _Place) -> Request:
+    accept_len = pick(draw, accepts.choices)
+    grown = place.kept.seq_len + _added(setup, mode, accept_len) if place.kept is not None else None
+    seq_len = draw_length(draw, setup, mode, max(accept_len, accepts.last), swarm, place.stretch, grown)
+    if Feature.POOL_ROWS not in swarm:
+        return Request(seq_len, 0, accept_len)
+    lowest, highest = (0, setup.pool_rows - 1) if place.pool_row is None else (place.pool_row, place.pool_row)
+    return Request(seq_len, between(draw, lowest, highest), accept_len)
+
+
+def _added(setup: Setup, mode: Mode, accept_len: int) -> int:
+    """By how much a request is longer when it comes to ``mode``."""
+    if mode is Mode.DRAFT_EXTEND:
+        return accept_len
+    return setup.num_draft_tokens if mode is Mode.DRAFT_EXTEND_V2 else 1

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from hypothesis import strategies as st
 
 from nsa_verify.core.case import MAX_DRAFT_TOKENS, PAGE_SIZES, CtxLens, IntType, Layout, Setup
-from nsa_verify.strategies.choice import below, chance, near, pick
+from nsa_verify.strategies.choice import below, between, chance, near, pick
 from nsa_verify.strategies.limits import Limits
 from nsa_verify.strategies.swarm import Feature, Swarm
 
@@ -17,10 +17,17 @@ _BUCKET_COUNTS = (1, 1, 1, 2, 2, 3)
 _TOP_K = (8, 8, 8, 1, 2, 3, 4, 5, 7, 12, 16, 33, 64, 100, 128)
 _EXTRA_COLUMNS = (0, 1, 3, 5, 7, 32)
 _DRAFT_TOKENS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, *range(5, MAX_DRAFT_TOKENS + 1))
-_MANY_ROWS = (0, 32, 128, 129, 129, 129, 31, 31, 32, 32, 32, 33)
-"""Expanded rows that fill warps or blocks: exactly, less one, or by one more. The first stands for a batch of two, to
-which a case shrinks that needs padded rows but not many."""
-_ONE_TOKEN = 6
+_MANY_ROWS = (32, 128, 129, 129, 129, 31, 31, 32, 32, 32, 33)
+"""Expanded rows that fill warps or blocks: exactly, less one, or by one more."""
+_BLOCKS = (257, 513, 1025)
+"""More rows than further blocks, where the limits allow as many."""
+_LONG_WIDTHS = (1 << 15, 1 << 16, 1 << 16)
+"""Past these a length does not fit 15, or 16, bits."""
+_NARROW = (0, 65, 16, 33, 24, 129, 17)
+"""Columns of the page table of a long context, at most."""
+_LONG_IN = 12
+"""Of so many setups one has a long context."""
+_ONE_TOKEN = 5
 """From here on with one draft token, so that no number of draft tokens rounds them up."""
 
 
@@ -58,11 +65,11 @@ def draw_setup(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
     fill = 1
     if Feature.FILL_ZERO in swarm:
         fill = pick(draw, (1, 0, 0, 0) if many else (1, 0))
-    pool_width = _pool_width(draw, tokens, page_size, top_k, buckets[-1] * tokens, limits)
-    table_width = _table_width(draw, tokens, pool_width, swarm)
-    pool_rows = pick(draw, _sizes(limits.pool_rows))
-    if Feature.POOL_ROWS not in swarm:
-        pool_rows = max(pool_rows, buckets[-1])
+    least_rows = 1 if Feature.POOL_ROWS in swarm else buckets[-1]
+    long_width = _long_width(draw, tokens, least_rows, swarm, limits)
+    pool_width = _pool_width(draw, tokens, page_size, top_k, buckets[-1] * tokens, long_width, limits)
+    table_width = _table_width(draw, tokens, pool_width, long_width, swarm)
+    pool_rows = max(least_rows, min(pick(draw, _sizes(limits.pool_rows)), limits.pool_cells // pool_width))
     inputs = _inputs(draw, swarm)
     pool_extra, table_extra, skew = _strides(draw, swarm)
     ctx_lens, schedule, num_sms = _optional_outputs(draw, swarm)
@@ -76,7 +83,7 @@ def draw_setup(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
         pool_rows=pool_rows,
         pool_width=pool_width,
         pool_row_stride=pool_width + pool_extra,
-        num_steps=pick(draw, _step_counts(min(limits.steps, 2) if many else limits.steps))
+        num_steps=pick(draw, _step_counts(2, 2) if many else _step_counts(limits.steps, limits.most_steps))
         if Feature.SEVERAL_STEPS in swarm
         else 1,
         buckets=buckets,
@@ -95,21 +102,18 @@ def draw_setup(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
 
 def _buckets(draw: st.DrawFn, tokens: int, swarm: Swarm, limits: Limits) -> tuple[tuple[int, ...], int, bool]:
     """The captured batch sizes; the draft tokens, fewer at times; whether there are, rarely, many rows."""
+    counts = _MANY_ROWS + tuple(rows for rows in _BLOCKS if rows <= limits.many_rows)
+    index = below(draw, 11 * len(counts)) - 10 * len(counts) if Feature.MANY_ROWS in swarm else -1
     sizes, most = _sizes(limits.batch_size), max(1, limits.rows // tokens)
+    if index >= 0:
+        # Drawn as one bucket, the largest: what shows in fewer rows then shows in that one, and goes on from there.
+        if Feature.BUCKET_SWITCHES in swarm:
+            between(draw, 0, 0)
+        between(draw, len(sizes) - 1, len(sizes) - 1)
+        tokens = tokens if index < _ONE_TOKEN else 1
+        return (-(-min(counts[index], limits.many_rows // tokens * tokens) // tokens),), tokens, True
     count = pick(draw, _BUCKET_COUNTS) if Feature.BUCKET_SWITCHES in swarm else 1
-    drawn = {min(pick(draw, sizes), most) for _ in range(count)}
-    if Feature.MANY_ROWS in swarm:
-        index = below(draw, 10 * len(_MANY_ROWS)) - 9 * len(_MANY_ROWS)
-        if index >= 0:
-            return _many_rows(index, tokens, limits)
-    return tuple(sorted(drawn)), tokens, False
-
-
-def _many_rows(index: int, tokens: int, limits: Limits) -> tuple[tuple[int, ...], int, bool]:
-    if index == 0:
-        return (2,), tokens, False
-    tokens = tokens if index < _ONE_TOKEN else 1
-    return (-(-min(_MANY_ROWS[index], limits.many_rows // tokens * tokens) // tokens),), tokens, True
+    return tuple(sorted({min(pick(draw, sizes), most) for _ in range(count)})), tokens, False
 
 
 @lru_cache(maxsize=64)
@@ -119,13 +123,27 @@ def _sizes(most: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=16)
-def _step_counts(most: int) -> tuple[int, ...]:
-    """1..most, mostly 1 and 2: every implementation does its work once a step."""
-    return tuple(count for count in range(1, most + 1) for _ in range({1: 9, 2: 5, 3: 2}.get(count, 1)))
+def _step_counts(usual: int, most: int) -> tuple[int, ...]:
+    """1..usual, mostly 1 and 2: every implementation does its work once a step. Rarely more, up to ``most``."""
+    weights = {1: 36, 2: 20, 3: 8, **dict.fromkeys(range(4, usual + 1), 4)}
+    return tuple(count for count in range(1, most + 1) for _ in range(weights.get(count, 1)))
 
 
-def _pool_width(draw: st.DrawFn, tokens: int, page_size: int, top_k: int, rows: int, limits: Limits) -> int:
+def _long_width(draw: st.DrawFn, tokens: int, pool_rows: int, swarm: Swarm, limits: Limits) -> int:
+    """The widest row of ``req_to_token`` where the context is, rarely, long; else 0."""
+    if not {Feature.LONG_CONTEXT, Feature.CONTEXT_WALL} <= swarm.features:
+        return 0
+    widest = min(limits.long_width, limits.pool_cells // pool_rows)
+    return widest if below(draw, _LONG_IN) == _LONG_IN - 1 and widest > tokens else 0
+
+
+def _pool_width(
+    draw: st.DrawFn, tokens: int, page_size: int, top_k: int, rows: int, long_width: int, limits: Limits
+) -> int:
     low, high = tokens + 1, limits.width
+    if long_width:
+        widths = [width + past for width in _LONG_WIDTHS for past in (tokens + 2, 200)]
+        return near(draw, low, long_width, [min(width, long_width) for width in widths], plain_in_ten=2)
     if rows > limits.rows:
         high = limits.many_rows_width
     elif top_k == LARGE_TOP_K and 2 * rows <= limits.rows:
@@ -144,11 +162,17 @@ def _widths(tokens: int, page_size: int, top_k: int, most: int) -> tuple[int, ..
     return tuple(width for width in found if tokens < width <= most)
 
 
-def _table_width(draw: st.DrawFn, tokens: int, pool_width: int, swarm: Swarm) -> int:
-    """Engines have a few columns fewer than the pool row is wide; the simplest has as many."""
-    fewer = pick(draw, (0, 0, 0, 1, 2, tokens, tokens + 1, tokens + 4, pool_width // 2))
+def _table_width(draw: st.DrawFn, tokens: int, pool_width: int, long_width: int, swarm: Swarm) -> int:
+    """Engines have a few columns fewer than the pool row is wide; the simplest has as many.
+
+    Of a long context the table shows only the beginning, since every one of its cells is written and compared.
+    """
+    fewer = (0, 1, 2, tokens, tokens + 1, tokens + 4, pool_width // 2, 0, 0)
+    # One choice for both, and of a long context always some fewer: a case with few tokens past the table is then the
+    # same once the context is no longer long.
+    index = between(draw, 1, len(_NARROW) - 1) if long_width else below(draw, len(fewer))
     least = 1 if Feature.CONTEXT_WALL in swarm else tokens + 1
-    return max(least, pool_width - fewer)
+    return max(least, min(pool_width - fewer[index], _NARROW[index] if long_width else pool_width))
 
 
 _DTYPES: tuple[tuple[IntType, IntType], ...] = (

@@ -56,7 +56,8 @@ def test_cases_are_cheap_on_average() -> None:
     assert rows[len(rows) * 2 // 3] <= 12
     assert rows[len(rows) * 9 // 10] <= 33
     assert widths[len(widths) * 3 // 4] <= 160
-    assert sum(len(case.replays) for case in drawn) <= 2.5 * len(drawn)
+    assert sum(len(case.replays) for case in drawn) <= 2.3 * len(drawn)
+    assert max(case.setup.pool_rows * case.setup.pool_width for case in drawn) <= Limits.small().pool_cells
 
 
 @pytest.mark.parametrize("mode", Mode)
@@ -83,6 +84,34 @@ def test_large_limits_draw_larger_cases() -> None:
     assert any(case.setup.buckets[-1] > Limits.small().batch_size for case in drawn)
     assert any(Limits.small().width < case.setup.table_width for case in drawn)
     assert all(case.setup.buckets[-1] * case.setup.num_draft_tokens <= limits.many_rows for case in drawn)
+
+
+def test_large_cases_are_cheap_next_to_small_ones() -> None:
+    def cost_s(limits: Limits) -> float:
+        begun = time.process_time()
+        for case in draw_many(cases(limits=limits), 150):
+            for index in range(len(case.replays)):
+                expect(case, index)
+        return time.process_time() - begun
+
+    assert cost_s(Limits.large()) < 4 * cost_s(Limits.small())
+
+
+def test_limits_go_by_the_device() -> None:
+    assert Limits.for_device("cpu") == Limits.small()
+    assert Limits.for_device("cuda") == Limits.for_device("cuda:1") == Limits.large()
+    with pytest.raises(ValueError, match="device = 'auto': must be cpu or cuda"):
+        Limits.for_device("auto")
+
+
+@pytest.mark.parametrize("limits", [Limits.small(), Limits.large()], ids=["small", "large"])
+def test_limits_are_kept(limits: Limits) -> None:
+    for case in draw_many(cases(limits=limits), 300, seeded=7):
+        assert len(case.replays) <= limits.most_replays
+        assert case.setup.num_steps <= limits.most_steps
+        assert case.setup.pool_rows * case.setup.pool_width <= limits.pool_cells
+        assert case.setup.table_width <= max(limits.width, limits.top_k_width)
+        assert case.setup.pool_width <= limits.long_width
 
 
 PRODUCTION = Setup(

@@ -37,6 +37,39 @@ def shrinks_in_one_bucket(case: Case) -> bool:
     )
 
 
+def on_rows(*requests: tuple[int, int]) -> Replay:
+    """A replay of requests of these lengths on these pool rows."""
+    return Replay(Mode.DECODE, tuple(Request(seq_len, row) for seq_len, row in requests))
+
+
+def one_grown(before: tuple[Request, ...], now: tuple[Request, ...]) -> bool:
+    return len(before) == len(now) == 1 and before[0].seq_len + 1 == now[0].seq_len
+
+
+def lined_up(count: int, predicate: Callable[..., bool]) -> Callable[[Case], bool]:
+    """Some ``count`` replays, one right behind the other, have batches like this."""
+    return lambda case: any(
+        predicate(*(it.requests for it in case.replays[start : start + count]))
+        for start in range(len(case.replays) - count + 1)
+    )
+
+
+def the_first_left(before: tuple[Request, ...], now: tuple[Request, ...]) -> bool:
+    going = [(it.pool_row, it.seq_len + 1) for it in before[1:]]
+    return len(going) > 0 and going == [(it.pool_row, it.seq_len) for it in now] and before[0].pool_row != going[0][0]
+
+
+def one_joined(before: tuple[Request, ...], now: tuple[Request, ...]) -> bool:
+    going = [(it.pool_row, it.seq_len + 1) for it in before]
+    return len(going) > 0 and going == [(it.pool_row, it.seq_len) for it in now[:-1]]
+
+
+def row_reused(before: tuple[Request, ...], now: tuple[Request, ...]) -> bool:
+    """The second stays, behind it comes another on the row of the first."""
+    rows = [it.pool_row for it in before]
+    return len(rows) == len(set(rows)) == 2 and [it.pool_row for it in now] == rows[::-1]
+
+
 EXPECTED = {
     "anything": (lambda _: True, Case(setup(), (replay(1),))),
     "a length of 100": (any_request(lambda _, it: it.seq_len >= 100), Case(setup(100), (replay(100),))),
@@ -67,6 +100,49 @@ EXPECTED = {
         Case(setup(buckets=(1, 2)), (replay(1), replay(1, 1))),
     ),
     "a smaller batch in the same bucket": (shrinks_in_one_bucket, Case(setup(buckets=(2,)), (replay(1, 1), replay(1)))),
+    "eight replays": (lambda case: len(case.replays) == 8, Case(setup(), (replay(1),) * 8)),
+    "idle between": (
+        lined_up(3, lambda a, b, c: len(a) > len(b) == 0 < len(c)),
+        Case(setup(), (replay(1), replay(), replay(1))),
+    ),
+    "big, small, big": (
+        lined_up(3, lambda a, b, c: len(a) > len(b) > 0 and len(b) < len(c)),
+        Case(setup(buckets=(2,)), (replay(1, 1), replay(1), replay(1, 1))),
+    ),
+    "a bucket and back": (
+        lambda case: any(
+            case.bucket(index) == case.bucket(index + 2) != case.bucket(index + 1)
+            for index in range(len(case.replays) - 2)
+        ),
+        Case(setup(buckets=(1, 2)), (replay(1), replay(1, 1), replay(1))),
+    ),
+    "verify, draft-extend, decode": (
+        lambda case: (
+            (Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND, Mode.DECODE)
+            in [tuple(it.mode for it in case.replays[start : start + 3]) for start in range(len(case.replays))]
+        ),
+        Case(setup(), tuple(replay(1, mode=it) for it in (Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND, Mode.DECODE))),
+    ),
+    "short, then long": (
+        lined_up(
+            2, lambda a, b: bool(a) and bool(b) and max(it.seq_len for it in b) >= 9 + max(it.seq_len for it in a)
+        ),
+        Case(setup(10), (replay(1), replay(10))),
+    ),
+    "long, then short": (
+        lined_up(
+            2, lambda a, b: bool(a) and bool(b) and max(it.seq_len for it in a) >= 9 + max(it.seq_len for it in b)
+        ),
+        Case(setup(10), (replay(10), replay(1))),
+    ),
+    "a pool row reused": (
+        lined_up(2, row_reused),
+        Case(setup(buckets=(2,), pool_rows=2), (on_rows((1, 0), (1, 1)), on_rows((1, 1), (1, 0)))),
+    ),
+    "a length past 15 bits": (
+        any_request(lambda _, it: it.seq_len >= 1 << 15),
+        Case(setup(1 << 15, table_width=65), (replay(1 << 15),)),
+    ),
     "32 requests": (
         lambda case: any(len(replay.requests) >= 32 for replay in case.replays),
         Case(setup(buckets=(32,)), (replay(*[1] * 32),)),
@@ -106,6 +182,13 @@ EXPECTED = {
 def test_cases_shrink_to_what_a_person_would_have_written(name: str) -> None:
     predicate, expected = EXPECTED[name]
     assert minimal(cases(), predicate) == expected
+
+
+@pytest.mark.parametrize("turn", [one_grown, the_first_left, one_joined], ids=lambda it: it.__name__)
+def test_what_depends_on_the_replay_before_shrinks_to_two_small_ones(turn: Callable[..., bool]) -> None:
+    found = minimal(cases(), lined_up(2, turn))
+    assert len(found.replays) == 2
+    assert all(len(it.requests) <= 3 for it in found.replays)
 
 
 def test_a_padded_row_is_one_request_in_a_bucket_of_two() -> None:

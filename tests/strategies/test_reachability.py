@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, tee
 from typing import NamedTuple
 
 import pytest
 from helpers import draw_many, find_any
 
-from nsa_verify.core.case import PAGE_SIZES, Case, CtxLens, Layout, Mode, Replay, Setup, SlotKind, longest
+from nsa_verify.core.case import PAGE_SIZES, Case, CtxLens, Layout, Mode, Replay, Request, Setup, SlotKind, longest
 from nsa_verify.core.oracle import Batch, batch
-from nsa_verify.strategies import cases
+from nsa_verify.strategies import Limits, cases
 
 EXAMPLES = 500
 MORE_SEEDS = (1, 2)
@@ -169,6 +169,16 @@ LENGTHS: dict[str, Predicate] = {
         lambda view: any(0 < kv_len % view.setup.page_size < kv_len for kv_len in view.real_kv_lens)
     ),
 }
+LONG: dict[str, Predicate] = {
+    "a length past 15 bits": some(lambda view: maximum(view) >= 1 << 15),
+    "a length past 16 bits": some(lambda view: maximum(view) >= 1 << 16),
+    "lengths whose sum only does not fit 15 bits": some(lambda view: maximum(view) < 1 << 15 <= sum(view.kv_lens)),
+    "a prefix sum past 16 bits": some(lambda view: sum(view.kv_lens) >= 1 << 16),
+    "a prefix sum past 16 bits, several requests": some(lambda view: view.real > 1 and sum(view.kv_lens) >= 1 << 16),
+    "the last length of 15 bits, or the next": a_length(lambda _: (1 << 15) - 1, lambda _: 1 << 15),
+    "the last length of 16 bits, or the next": a_length(lambda _: (1 << 16) - 1, lambda _: 1 << 16),
+    "a schedule of a long context": some(lambda view: view.setup.schedule and maximum(view) >= 1 << 15),
+}
 BATCHES: dict[str, Predicate] = {
     "1: padding underflows": some(
         lambda view: (
@@ -213,6 +223,78 @@ BATCHES: dict[str, Predicate] = {
         lambda view: any(it.seq_len == it.accept_len > 1 for it in view.replay.requests) and bool(view.accepts)
     ),
 }
+
+
+def replays_are(count: int) -> Predicate:
+    return lambda case: len(case.replays) == count
+
+
+def steps_are(count: int) -> Predicate:
+    return setup_is(lambda it: it.num_steps == count)
+
+
+def lined_up(count: int, predicate: Callable[..., bool]) -> Predicate:
+    """Some ``count`` replays, one right behind the other, are like this."""
+    return lambda case: any(
+        predicate(*some) for some in zip(*([*views(case)][skip:] for skip in range(count)), strict=False)
+    )
+
+
+def going_on(before: View, view: View) -> list[tuple[int, int]]:
+    """Which requests of ``before`` are which of ``view``: in order, on the same row, by 0 to N longer."""
+    found: list[tuple[int, int]] = []
+    rest: Iterator[tuple[int, Request]] = iter(enumerate(view.replay.requests))
+    for index, old in enumerate(before.replay.requests):
+        longer = range(before.setup.num_draft_tokens + 1)
+        ahead, rest = tee(rest)
+        at = next(
+            (at for at, new in ahead if new.pool_row == old.pool_row and new.seq_len - old.seq_len in longer), None
+        )
+        if at is not None:
+            found.append((index, at))
+            rest = ahead
+    return found
+
+
+def left(before: View, view: View) -> bool:
+    """Everyone went on but for some, the first among them."""
+    pairs = going_on(before, view)
+    return 0 < len(pairs) == view.real < before.real and pairs[0][0] > 0
+
+
+def joined(before: View, view: View) -> bool:
+    """Everyone went on, and others came behind them."""
+    return [at for _, at in going_on(before, view)] == [*range(before.real)] and 0 < before.real < view.real
+
+
+def row_reused(before: View, view: View) -> bool:
+    """Someone went on, and the pool row of someone who left has another request."""
+    pairs = going_on(before, view)
+    staying, known = {index for index, _ in pairs}, {at for _, at in pairs}
+    free = {it.pool_row for index, it in enumerate(before.replay.requests) if index not in staying}
+    return bool(pairs) and any(it.pool_row in free for at, it in enumerate(view.replay.requests) if at not in known)
+
+
+def engine_like(*run: View) -> bool:
+    """Verify, extend by what was accepted, draft; and verify again, if so many."""
+    extend = (Mode.DRAFT_EXTEND, Mode.DRAFT_EXTEND_V2)
+    order = ((Mode.TARGET_VERIFY,), extend, (Mode.DECODE,), (Mode.TARGET_VERIFY,))
+    return all(view.mode in modes for view, modes in zip(run, order, strict=False))
+
+
+def at_fill(view: View) -> bool:
+    """Every real length is what capture saw."""
+    return view.setup.fill_seq_len == 1 and {*view.batch.seq_lens[: view.real]} == {1}
+
+
+def in_one_place(*run: View) -> bool:
+    return all(same_place(*both) for both in pairwise(run))
+
+
+def maximum(view: View) -> int:
+    return max(view.kv_lens)
+
+
 SEQUENCES: dict[str, Predicate] = {
     "3: a big, then a small batch in one bucket": after(lambda a, b: same_place(a, b) and a.real > b.real > 0),
     "4: padding after a larger batch": after(lambda a, b: same_place(a, b) and a.real > b.real and b.real < b.bucket),
@@ -224,17 +306,60 @@ SEQUENCES: dict[str, Predicate] = {
     "16: long, then short": after(lambda a, b: same_place(a, b) and max(a.kv_lens) > 2 * max(b.kv_lens)),
     "28: a larger, then a smaller bucket": after(lambda a, b: a.bucket > b.bucket and b.real > 0),
     "a smaller, then a larger bucket": after(lambda a, b: 0 < a.bucket < b.bucket),
-    "big, small, big": lambda case: any(
-        a.real > b.real < c.real for a, b, c in zip(*[list(views(case))[skip:] for skip in range(3)], strict=False)
+    "16: as short as at capture, then long": after(lambda a, b: same_place(a, b) and at_fill(a) and maximum(b) > 8),
+    "16: as short as may be, then long": after(
+        lambda a, b: same_place(a, b) and {*a.batch.seq_lens[: a.real]} == {1} and maximum(b) > 8
     ),
-    "idle between": lambda case: any(
-        a.real > 0 == b.real < c.real for a, b, c in zip(*[list(views(case))[skip:] for skip in range(3)], strict=False)
+    "16: several as short as at capture, then long": after(
+        lambda a, b: same_place(a, b) and a.real > 1 and at_fill(a) and maximum(b) > 8
+    ),
+    "16: longer than at capture first, then another maximum": lambda case: any(
+        same_place(a, b) and 4 < maximum(a) != maximum(b) for a, b in zip(views(case), [*views(case)][1:], strict=False)
+    ),
+    "long, short, long": lined_up(
+        3, lambda a, b, c: in_one_place(a, b, c) and maximum(a) > 2 * maximum(b) < maximum(c)
+    ),
+    "short, long, short": lined_up(
+        3, lambda a, b, c: in_one_place(a, b, c) and 2 * maximum(a) < maximum(b) > 2 * maximum(c)
+    ),
+    "big, small, big": lined_up(3, lambda a, b, c: a.real > b.real < c.real),
+    "big, small, big in one bucket": lined_up(
+        3, lambda a, b, c: a.bucket == b.bucket == c.bucket and a.real > b.real < c.real and b.real > 0
+    ),
+    "big, small, big in one bucket and mode": lined_up(
+        3, lambda a, b, c: in_one_place(a, b, c) and a.real > b.real < c.real and b.real > 0
+    ),
+    "a bucket, another, and back": lined_up(3, lambda a, b, c: a.bucket == c.bucket != b.bucket),
+    "a mode, another, and back": lined_up(3, lambda a, b, c: a.mode is c.mode is not b.mode),
+    "idle between": lined_up(3, lambda a, b, c: a.real > 0 == b.real < c.real),
+    "idle between, and the same requests go on": lined_up(
+        3, lambda a, b, c: a.real > 0 == b.real < c.real == len(going_on(a, c))
+    ),
+    "idle between, in one place": lined_up(3, lambda a, b, c: in_one_place(a, b, c) and a.real > 0 == b.real < c.real),
+    "another size in one bucket": after(lambda a, b: a.bucket == b.bucket and a.real != b.real),
+    "requests left": after(left),
+    "several left at once": after(lambda a, b: left(a, b) and a.real - b.real > 1),
+    "requests joined": after(joined),
+    "several joined at once": after(lambda a, b: joined(a, b) and b.real - a.real > 1),
+    "requests joined in a larger bucket": after(lambda a, b: joined(a, b) and b.bucket > a.bucket),
+    "a pool row reused": after(row_reused),
+    "modes as in an engine": lined_up(3, engine_like),
+    "modes as in an engine, all around": lined_up(4, engine_like),
+    "modes as in an engine, and requests go on": lined_up(
+        3, lambda a, b, c: engine_like(a, b, c) and bool(going_on(a, b)) and bool(going_on(b, c))
+    ),
+    "another number of expanded rows each time": lined_up(
+        3,
+        lambda a, b, c: (
+            in_one_place(a, b, c)
+            and a.mode is Mode.DRAFT_EXTEND
+            and len({len(a.lengths), len(b.lengths), len(c.lengths)}) == 3
+        ),
     ),
     "fewer expanded rows in draft-extend": after(
         lambda a, b: same_place(a, b) and b.mode is Mode.DRAFT_EXTEND and len(a.lengths) > len(b.lengths)
     ),
-    "three replays": lambda case: len(case.replays) == 3,
-    "four replays": lambda case: len(case.replays) == 4,
+    **{f"{count} replays": replays_are(count) for count in range(1, 9)},
     "three modes": lambda case: len({replay.mode for replay in case.replays}) >= 3,
     "req_to_token rewritten": after(lambda a, b: a.replay.pool_seed != b.replay.pool_seed),
     "the same requests, grown": after(grown),
@@ -256,7 +381,7 @@ SETUPS: dict[str, Predicate] = {
         lambda view: view.setup.num_draft_tokens != view.setup.num_steps + 1 and view.bucket > 1
     ),
     "12: several steps": setup_is(lambda it: it.num_steps > 1),
-    "four steps": setup_is(lambda it: it.num_steps >= 4),
+    **{f"{count} steps": steps_are(count) for count in range(1, 5)},
     "22: strided seq_lens": setup_is(lambda it: it.layout is Layout.STRIDED),
     "22: offset seq_lens": setup_is(lambda it: it.layout is Layout.OFFSET),
     "longer inputs than the bucket": setup_is(lambda it: it.input_tail > 0),
@@ -281,11 +406,40 @@ SETUPS: dict[str, Predicate] = {
     "a table that ends within a page": setup_is(lambda it: it.table_width % it.page_size > 0),
 }
 TRIGGERS: dict[str, Predicate] = {**LENGTHS, **BATCHES, **SEQUENCES, **SETUPS}
+LARGE: dict[str, Predicate] = {
+    **SEQUENCES,
+    **LONG,
+    **{f"{count} steps": steps_are(count) for count in range(1, 9)},
+    "a bucket and mode, another, and back": lined_up(
+        3, lambda a, b, c: same_place(a, c) and a.bucket != b.bucket and a.mode is not b.mode
+    ),
+    "more requests than are drawn one by one": some(lambda view: view.real > 8),
+    "more rows than 1024": some(lambda view: len(view.lengths) > 1024),
+    "a sum of top-k lengths past 15 bits": some(
+        lambda view: sum(min(length, view.setup.index_topk) for length in view.lengths) >= 1 << 15
+    ),
+}
+"""With the limits for a GPU."""
+COMMON: dict[str, float] = {
+    "16: as short as may be, then long": 0.01,
+    "16: longer than at capture first, then another maximum": 0.08,
+    "another size in one bucket": 0.15,
+    "a bucket, another, and back": 0.01,
+    "a mode, another, and back": 0.03,
+    "big, small, big in one bucket": 0.01,
+    "fewer expanded rows in draft-extend": 0.01,
+    "idle between": 0.02,
+    "modes as in an engine": 0.02,
+    "requests left": 0.02,
+    "requests joined": 0.02,
+    "a pool row reused": 0.03,
+}
+"""What graphs get wrong, and in which share of the cases it is at least."""
 
 
 @cache
-def drawn(seeded: int) -> list[Case]:
-    return draw_many(cases(), EXAMPLES, seeded)
+def drawn(seeded: int, large: bool = False) -> list[Case]:
+    return draw_many(cases(limits=Limits.large() if large else Limits.small()), EXAMPLES, seeded)
 
 
 @pytest.mark.parametrize("name", TRIGGERS)
@@ -298,6 +452,23 @@ def test_is_drawn_within_500_examples(name: str) -> None:
 def test_is_drawn_whatever_the_seed(name: str) -> None:
     missed = [seeded for seeded in MORE_SEEDS if not any(map(TRIGGERS[name], drawn(seeded)))]
     assert missed == []
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_contexts_are_drawn_within_1000_examples(name: str) -> None:
+    assert any(map(LONG[name], drawn(1) + drawn(2)))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_is_drawn_within_500_large_examples(name: str) -> None:
+    assert any(map(LARGE[name], drawn(1, large=True)))
+
+
+@pytest.mark.parametrize("name", COMMON)
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_what_graphs_get_wrong_is_common(name: str, large: bool) -> None:
+    found = [SEQUENCES[name](case) for seeded in MORE_SEEDS for case in drawn(seeded, large)]
+    assert sum(found) / len(found) >= COMMON[name]
 
 
 def test_a_predicate_that_no_case_satisfies_is_not_found() -> None:

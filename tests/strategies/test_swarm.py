@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 
+import msgspec
 import pytest
 from helpers import draw_many
 
-from nsa_verify.core.case import Case, CtxLens, Layout, Mode, Setup, SlotKind
+from nsa_verify.core.case import Case, CtxLens, Layout, Mode, Replay, Request, Setup, SlotKind
 from nsa_verify.core.oracle import batch
-from nsa_verify.strategies import Feature, Swarm, boundaries, cases, lengths, replays, requests
+from nsa_verify.strategies import Feature, Limits, Swarm, boundaries, cases, lengths, replays, requests
 
 Shows = Callable[[Case], bool]
 
@@ -42,7 +43,9 @@ APPEARS: dict[Feature, Shows] = {
     Feature.EMPTY_BATCHES: lambda case: any(not it.requests for it in case.replays),
     Feature.ZERO_ACCEPTS: lambda case: any(it.accept_len == 0 for replay in case.replays for it in replay.requests),
     Feature.CONTEXT_WALL: beyond_the_wall,
+    Feature.LONG_CONTEXT: setup_shows(lambda it: it.pool_width > Limits.small().top_k_width),
     Feature.SEVERAL_REPLAYS: lambda case: len(case.replays) > 1,
+    Feature.LONG_SEQUENCES: lambda case: len(case.replays) > Limits.small().replays + 1,
     Feature.MODE_SWITCHES: lambda case: len({it.mode for it in case.replays}) > 1,
     Feature.BUCKET_SWITCHES: lambda case: len(case.setup.buckets) > 1,
     Feature.SEVERAL_STEPS: setup_shows(lambda it: it.num_steps > 1),
@@ -62,9 +65,17 @@ APPEARS: dict[Feature, Shows] = {
     Feature.MANY_ROWS: setup_shows(lambda it: it.buckets[-1] * it.num_draft_tokens > 24),
     Feature.LARGE_TOP_K: setup_shows(lambda it: it.index_topk == 2048),
 }
-"""How a feature shows in a case. The three others only make likelier what chance brings as well."""
-LIKELIER = {Feature.BOUNDARY_LENGTHS, Feature.UNIFORM_ACCEPTS, Feature.CONTINUATION}
-NEEDS = {Feature.EMPTY_BATCHES: Feature.PADDING, Feature.MODE_SWITCHES: Feature.SEVERAL_REPLAYS}
+"""How a feature shows in a case. The others only make likelier what chance brings as well."""
+LIKELIER = {
+    *(Feature.BOUNDARY_LENGTHS, Feature.UNIFORM_ACCEPTS, Feature.LENGTH_SWINGS),
+    *(Feature.CONTINUATION, Feature.DEPARTURES, Feature.ARRIVALS, Feature.MODE_CYCLES),
+}
+NEEDS = {
+    Feature.EMPTY_BATCHES: Feature.PADDING,
+    Feature.LONG_CONTEXT: Feature.CONTEXT_WALL,
+    Feature.LONG_SEQUENCES: Feature.SEVERAL_REPLAYS,
+    Feature.MODE_SWITCHES: Feature.SEVERAL_REPLAYS,
+}
 SWARMS = {
     "nothing": Swarm(frozenset()),
     "first half": Swarm(frozenset(list(Feature)[:12])),
@@ -102,6 +113,9 @@ def test_a_feature_that_is_on_appears(name: str) -> None:
 WIDE = Setup(num_draft_tokens=4, index_topk=64, page_size=64, table_width=300, pool_width=308, buckets=(1, 2, 4))
 
 
+ROOMY = msgspec.structs.replace(WIDE, pool_rows=6)
+
+
 def share(values: list[bool]) -> float:
     return sum(values) / len(values)
 
@@ -124,16 +138,74 @@ def test_uniform_accepts_are_likelier_when_on() -> None:
     assert uniform(everything) > 0.2 > uniform(everything.without(Feature.UNIFORM_ACCEPTS))
 
 
-def test_continuation_is_likelier_when_on() -> None:
-    def continued(swarm: Swarm) -> float:
-        chains = [it for it in draw_many(replays(WIDE, (Mode.DECODE,), swarm), 200) if len(it) > 1]
-        pairs = [both for chain in chains for both in pairwise(chain) if both[0].requests]
-        return share(
-            [[it.seq_len + 1 for it in before.requests] == [it.seq_len for it in now.requests] for before, now in pairs]
-        )
+def grown(requests: Sequence[Request]) -> list[tuple[int, int]]:
+    """Pool row and length, in decode, of requests one replay later."""
+    return [(request.pool_row, request.seq_len + 1) for request in requests]
+
+
+def rows_and_lengths(requests: Sequence[Request]) -> list[tuple[int, int]]:
+    return [(request.pool_row, request.seq_len) for request in requests]
+
+
+def all_go_on(before: Replay, now: Replay) -> bool:
+    return len(before.requests) > 1 and grown(before.requests) == rows_and_lengths(now.requests)
+
+
+def some_left(before: Replay, now: Replay) -> bool:
+    going = iter(grown(before.requests))
+    return 0 < len(now.requests) < len(before.requests) and all(it in going for it in rows_and_lengths(now.requests))
+
+
+def some_joined(before: Replay, now: Replay) -> bool:
+    going = grown(before.requests)
+    return len(now.requests) > len(going) > 0 and going == rows_and_lengths(now.requests)[: len(going)]
+
+
+def row_reused(before: Replay, now: Replay) -> bool:
+    """Half of them go on in front, and a row that became free has a request that is not the one it had."""
+    going = grown(before.requests)
+    found = rows_and_lengths(now.requests)
+    kept, others = found[: len(going) // 2], found[len(going) // 2 :]
+    free = {row for row, _ in going} - {row for row, length in found if (row, length) in going}
+    in_order = iter(going)
+    return len(kept) > 0 and all(it in in_order for it in kept) and any(row in free for row, _ in others)
+
+
+def next_in_an_engine(before: Replay, now: Replay) -> bool:
+    extend = (Mode.DRAFT_EXTEND, Mode.DRAFT_EXTEND_V2)
+    order = {Mode.DECODE: (Mode.TARGET_VERIFY,), Mode.TARGET_VERIFY: extend}
+    return now.mode in order.get(before.mode, (Mode.DECODE,))
+
+
+def all_as_extreme(before: Replay, _: Replay) -> bool:
+    lengths_ = {request.seq_len for request in before.requests}
+    return len(before.requests) > 1 and lengths_ in ({1}, {WIDE.pool_width})
+
+
+PAIRS: dict[str, tuple[Feature, Sequence[Mode], Callable[[Replay, Replay], bool], float]] = {
+    "all go on": (Feature.CONTINUATION, (Mode.DECODE,), all_go_on, 0.03),
+    "some left": (Feature.DEPARTURES, (Mode.DECODE,), some_left, 0.03),
+    "some joined": (Feature.ARRIVALS, (Mode.DECODE,), some_joined, 0.015),
+    "rows reused, with departures": (Feature.DEPARTURES, (Mode.DECODE,), row_reused, 0.015),
+    "rows reused, with arrivals": (Feature.ARRIVALS, (Mode.DECODE,), row_reused, 0.015),
+    "engine order": (Feature.MODE_CYCLES, tuple(Mode), next_in_an_engine, 0.35),
+    "extremes": (Feature.LENGTH_SWINGS, (Mode.DECODE,), all_as_extreme, 0.06),
+}
+"""A feature, and what share of two successive replays at least it makes like this; without it they are far fewer."""
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_follows_is_likelier_when_on(name: str) -> None:
+    feature, modes, predicate, least = PAIRS[name]
+
+    def found(swarm: Swarm) -> float:
+        chains = draw_many(replays(ROOMY, modes, swarm), 500)
+        return share([predicate(*both) for chain in chains for both in pairwise(chain) if both[0].requests])
 
     everything = Swarm.everything()
-    assert continued(everything) > 0.1 > continued(everything.without(Feature.CONTINUATION))
+    with_it, without = found(everything), found(everything.without(feature))
+    assert with_it > least
+    assert without < 0.65 * with_it
 
 
 def test_without_bucket_switches_a_given_setup_is_used_in_one_bucket() -> None:
