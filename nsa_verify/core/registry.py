@@ -37,7 +37,19 @@ def load(references: Iterable[str] = ()) -> dict[str, Implementation]:
         _import(f"entry point {entry.name!r}", entry.load)
     for reference in references:
         load_reference(reference)
-    return registered()
+    return _in_order(registered())
+
+
+def _in_order(known: dict[str, Implementation]) -> dict[str, Implementation]:
+    """The built-in ones first and in their own order, whichever of their modules was imported first."""
+    modules = importlib.import_module("nsa_verify.kernels").BUILTIN_MODULES
+    places = {module: place for place, module in enumerate(modules)}
+    ranked = sorted(known.items(), key=lambda item: places.get(_module_of(item[1]), len(places)))
+    return dict(ranked)
+
+
+def _module_of(implementation: Implementation) -> str:
+    return str(getattr(implementation.refresh, "__module__", ""))
 
 
 def find(wanted: Refresh | str) -> Implementation:

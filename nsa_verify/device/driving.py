@@ -31,6 +31,8 @@ class Session(Protocol):
 
     implementation: Implementation
     fallbacks: tuple[str, ...]
+    holds: object
+    """What the implementation kept when the session was opened; alive for as long as its graphs."""
 
     def begin(self) -> None:
         """The replays of a case follow: disturb what a careless implementation could depend on."""

@@ -31,6 +31,7 @@ class EagerSession:
     def __init__(self, rig: Rig, implementation: Implementation) -> None:
         self._rig, self.implementation = rig, implementation
         self.fallbacks: tuple[str, ...] = ()
+        self.holds: object = None
         self._source = implementation.source.rpartition(":")[0]
         self.delay = False
         self.served: list[Served] = []

@@ -241,7 +241,9 @@ class GraphSession:
     def __init__(self, implementation: Implementation) -> None:
         self.implementation = implementation
         self.fallbacks: tuple[str, ...] = ()
+        self.holds: object = None
         self._graphs: dict[GraphKey, Captured] = {}
+        self._escaped: list[tuple[GraphKey, Tensor]] = []
         self._stream = new_stream()
         self._blocks: list[Tensor] = []
         self._calls = 0
@@ -257,19 +259,27 @@ class GraphSession:
                     call(rig, implementation, key, WatchedCalls(source))
             finally:
                 # Whatever comes next writes the inputs that a warm-up may still read.
-                torch.cuda.synchronize()
+                torch.cuda.current_stream().wait_stream(self._stream)
         rig.load_capture(*key)
         before = rig.arena.clone()
-        torch.cuda.synchronize()
         memory, watched = Memory(static=[rig.arena, rig.pool.table], on_cuda=True), WatchedCalls(source)
         region = Region(lambda: call(rig, implementation, key, watched), memory, source, watched.errors)
+        # Behind the arena's copy: work that escapes the capture must not overtake it.
+        torch.cuda.current_stream().synchronize()
         self._graphs[key] = record(region, self._stream)
         torch.cuda.synchronize()
-        if not torch.equal(rig.arena, before):
-            raise CaptureRefused(Code.OTHER_STREAM, "output was written while the graph was captured, outside of it")
+        self._escaped.append((key, (rig.arena != before).any()))
         moved = rig.moved(*key, implementation.writes(rig.setup))
         if moved is not None:
             raise CaptureRefused(Code.MOVED, moved)
+
+    def check_escaped(self) -> None:
+        """Raise ``CaptureRefused`` if output was written while a graph was captured: that work is not in the graph."""
+        for key, escaped in self._escaped:
+            if bool(escaped):
+                sentence = "output was written while the graph was captured, outside of it"
+                raise CaptureRefused(Code.OTHER_STREAM, sentence, key)
+        self._escaped.clear()
 
     @property
     def uses_others(self) -> bool:
@@ -284,10 +294,12 @@ class GraphSession:
         # The allocator hands memory out again on the stream on which it was taken.
         with torch.cuda.stream(self._stream):
             self._blocks = [
-                torch.full((size // 4,), SCRIBBLE, dtype=torch.int32, device="cuda")
+                torch.empty(size // 4, dtype=torch.int32, device="cuda")
                 for size in BLOCK_SIZES
                 for _ in range(BLOCKS_OF_A_SIZE)
             ]
+            torch._foreach_zero_(self._blocks)
+            torch._foreach_add_(self._blocks, SCRIBBLE)
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def replay(self, mode: Mode, bucket: int) -> None:
@@ -298,10 +310,9 @@ class GraphSession:
     def end(self) -> list[Note]:
         """Whether a graph wrote to memory that was handed out after its capture."""
         blocks, self._blocks = self._blocks, []
-        changed = torch.stack([(block != SCRIBBLE).any() for block in blocks]).tolist()
-        if not any(changed):
+        if bool((torch.cat(blocks) == SCRIBBLE).all()):
             return []
-        size = 4 * blocks[changed.index(True)].numel()
+        size = next(4 * block.numel() for block in blocks if not bool((block == SCRIBBLE).all()))
         sentence = f"a graph wrote to memory that was freed after its capture and handed out again ({size} bytes)"
         return [Note(Code.MOVED, self._calls - 1, sentence)]
 
@@ -311,6 +322,7 @@ class GraphSession:
         for captured in self._graphs.values():
             captured.graph.close()
         self._graphs.clear()
+        self.holds = None
 
 
 class Graph:
@@ -330,9 +342,10 @@ class Graph:
             for key in keys:
                 with while_capturing(key):
                     session.capture(rig, implementation, key)
+            session.check_escaped()
             session.fallbacks = take_fallbacks()
             if session.uses_others:
-                gc.collect()  # what a cycle keeps alive by chance is not kept
+                gc.collect(1)  # what a cycle keeps alive by chance is not kept
         except BaseException:
             session.close()
             raise

@@ -7,6 +7,7 @@ images in one comparison and one synchronisation. Only a case that disagrees is 
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -23,14 +24,15 @@ from nsa_verify.core.oracle import expect
 from nsa_verify.core.registry import find
 from nsa_verify.device.blame import line_of
 from nsa_verify.device.diagnosis import Snapshot, diagnose
-from nsa_verify.device.driving import Executor, Note
+from nsa_verify.device.driving import Executor, Note, Session
 from nsa_verify.device.eager import EagerSession
 from nsa_verify.device.executors import EAGER, executors_for
 from nsa_verify.device.images import ImageKey, is_allowed, paint
 from nsa_verify.device.pool import Difference
-from nsa_verify.device.rig import rig_for
+from nsa_verify.device.rig import Rig, rig_for
 from nsa_verify.device.select import DeviceError, resolve
-from nsa_verify.device.stops import CaptureRefused, ImplementationRaised, Stop
+from nsa_verify.device.state import state_of
+from nsa_verify.device.stops import CaptureRefused, GraphKey, ImplementationRaised, Stop
 
 RERUNS = 2
 """How often a case that disagrees is run again to see whether it does so every time."""
@@ -165,6 +167,7 @@ class Judge:
         raised = isinstance(run.stop, ImplementationRaised) and run.stop.while_capturing is None
         if executor is EAGER or not (first.code in _CONTENT or raised):
             return False
+        state_of(implementation).restore()
         eager = self._run(implementation, EAGER, list(dict.fromkeys(run.wanted)), repeat)
         return eager.stop is None and self._compare(implementation, eager)[0] is None
 
@@ -175,7 +178,7 @@ class Judge:
         try:
             opened, kept = rig.session(
                 (executor.name, id(implementation.refresh), implementation.name, keys),
-                lambda: executor.open(rig, implementation, keys),
+                lambda: _open(rig, executor, implementation, keys),
             )
         except (ImplementationRaised, CaptureRefused) as stop:
             return self._never_ran(stop, served)
@@ -328,6 +331,18 @@ class Judge:
     def _blank(self, implementation: Implementation, executor: Executor, code: Code, replay: int) -> Finding:
         mode = self.case.replays[replay].mode
         return Finding(implementation=implementation.name, executor=executor.name, code=code, replay=replay, mode=mode)
+
+
+def _open(rig: Rig, executor: Executor, implementation: Implementation, keys: Sequence[GraphKey]) -> Session:
+    """A session; graphs are captured as by an engine that has just been started, so that a verdict is a function of the
+    case."""
+    state = state_of(implementation)
+    if executor is EAGER:
+        return executor.open(rig, implementation, keys)
+    state.restore()
+    session = executor.open(rig, implementation, keys)
+    session.holds = state.held()
+    return session
 
 
 _CONTENT: Final = frozenset(

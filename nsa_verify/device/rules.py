@@ -273,8 +273,6 @@ def _is_composite(func: Any) -> bool:
 
 def fresh(outputs: Any, inputs: Sequence[Tensor]) -> list[Tensor | None]:
     """The tensors of ``outputs`` that lie in memory of their own; None in place of those that are inputs or views."""
-    taken = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor.numel()}
-    return [
-        None if tensor.numel() and tensor.untyped_storage().data_ptr() in taken else tensor
-        for tensor in tensors_in(outputs)
-    ]
+    # By the storage and not by the tensor: an empty view lies in the memory of what it is a view of.
+    taken = {it.untyped_storage().data_ptr() for it in inputs if it.untyped_storage().nbytes()}
+    return [None if it.untyped_storage().data_ptr() in taken else it for it in tensors_in(outputs)]

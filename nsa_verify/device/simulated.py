@@ -22,6 +22,7 @@ class SimulatedSession:
     def __init__(self, implementation: Implementation, tapes: dict[GraphKey, Tape]) -> None:
         self.implementation, self.fallbacks = implementation, take_fallbacks()
         self._tapes = tapes
+        self.holds: object = None
 
     def begin(self) -> None:
         """Nothing that a graph allocated holds anything before its first replay."""
@@ -39,6 +40,7 @@ class SimulatedSession:
     def close(self) -> None:
         """Let the tapes go."""
         self._tapes.clear()
+        self.holds = None
 
 
 class SimulatedGraph:
@@ -58,7 +60,7 @@ class SimulatedGraph:
             with while_capturing(key):
                 tapes[key] = _capture(rig, implementation, key)
         if any(tape.memory.others for tape in tapes.values()):
-            gc.collect()  # Triton's interpreter leaves cycles that keep what it was given alive
+            gc.collect(1)  # Triton's interpreter leaves cycles that keep what it was given alive
         return SimulatedSession(implementation, tapes)
 
 

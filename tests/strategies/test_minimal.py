@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from itertools import pairwise
+from random import Random
 
+import msgspec
 import pytest
 from helpers import minimal
+from hypothesis.internal.conjecture.data import ConjectureData
 
 from nsa_verify.core.case import Case, CtxLens, Mode, Replay, Request, Setup
 from nsa_verify.strategies import Feature, Swarm, cases, lengths, replays, requests, setups
+from nsa_verify.strategies.turns import Turn
 
+WIDE = Setup(num_draft_tokens=4, index_topk=64, page_size=64, table_width=300, pool_width=308, buckets=(4,))
 SMALLEST = 2
 """One draft token and one token of context: the narrowest pool row with room for a request in every mode."""
 
@@ -191,6 +197,20 @@ def test_what_depends_on_the_replay_before_shrinks_to_two_small_ones(turn: Calla
     assert all(len(it.requests) <= 3 for it in found.replays)
 
 
+@pytest.mark.parametrize("turn", Turn, ids=lambda turn: turn.name.lower())
+def test_a_batch_stays_what_it_is_once_it_no_longer_looks_back(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("nsa_verify.strategies.replays")
+    setup_ = msgspec.structs.replace(WIDE, pool_rows=6, buckets=(1, 2, 4, 20))
+    for swarm in (Swarm.everything(), Swarm.everything().without(Feature.PADDING)):
+        strategy = replays(setup_, swarm=swarm)
+        for seeded in range(40):
+            monkeypatch.setattr(module, "_turn", lambda *_: turn)
+            data = ConjectureData(random=Random(seeded))
+            looking_back = data.draw(strategy)
+            monkeypatch.setattr(module, "_turn", lambda *_: Turn.DRAWN)
+            assert ConjectureData.for_choices(data.choices).draw(strategy) == looking_back
+
+
 def test_a_padded_row_is_one_request_in_a_bucket_of_two() -> None:
     found = minimal(cases(), lambda case: len(case.replays[0].requests) < case.bucket(0))
     assert found in (Case(setup(buckets=(2,)), (replay(1),)), Case(setup(), (replay(),)))
@@ -205,9 +225,6 @@ def test_without_padding_a_batch_fills_its_bucket() -> None:
     swarm = Swarm.everything().without(Feature.PADDING)
     found = minimal(cases(swarm=swarm), lambda case: len(case.replays[0].requests) > 2)
     assert found == Case(setup(buckets=(3,)), (replay(1, 1, 1),))
-
-
-WIDE = Setup(num_draft_tokens=4, index_topk=64, page_size=64, table_width=300, pool_width=308, buckets=(4,))
 
 
 @pytest.mark.parametrize("mode", Mode)

@@ -1,4 +1,5 @@
-"""Is it found? Every boundary of the design and every trigger of the bug classes is drawn within 500 examples."""
+"""Is it found? Every boundary of the design and every trigger of the bug classes is drawn within 500 examples, or the
+number that a test names."""
 
 from __future__ import annotations
 
@@ -405,7 +406,8 @@ SETUPS: dict[str, Predicate] = {
     "a table narrower than the pool row": setup_is(lambda it: it.table_width < it.pool_width),
     "a table that ends within a page": setup_is(lambda it: it.table_width % it.page_size > 0),
 }
-TRIGGERS: dict[str, Predicate] = {**LENGTHS, **BATCHES, **SEQUENCES, **SETUPS}
+SOON = ("a length past 15 bits", "a prefix sum past 16 bits")
+TRIGGERS: dict[str, Predicate] = {**{name: LONG[name] for name in SOON}, **LENGTHS, **BATCHES, **SEQUENCES, **SETUPS}
 LARGE: dict[str, Predicate] = {
     **SEQUENCES,
     **LONG,
@@ -421,7 +423,7 @@ LARGE: dict[str, Predicate] = {
 }
 """With the limits for a GPU."""
 COMMON: dict[str, float] = {
-    "16: as short as may be, then long": 0.01,
+    "16: as short as may be, then long": 0.005,
     "16: longer than at capture first, then another maximum": 0.08,
     "another size in one bucket": 0.15,
     "a bucket, another, and back": 0.01,
