@@ -45,7 +45,7 @@ class Limits:
             many_rows_width=64,
             top_k_width=2112,
             long_width=66_000,
-            pool_cells=200_000,
+            pool_cells=140_000,
             pool_rows=8,
             steps=4,
             most_steps=4,

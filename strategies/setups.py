@@ -25,7 +25,7 @@ _LONG_WIDTHS = (1 << 15, 1 << 16, 1 << 16)
 """Past these a length does not fit 15, or 16, bits."""
 _NARROW = (0, 65, 16, 33, 24, 129, 17)
 """Columns of the page table of a long context, at most."""
-_LONG_IN = 12
+_LONG_IN = 14
 """Of so many setups one has a long context."""
 _ONE_TOKEN = 5
 """From here on with one draft token, so that no number of draft tokens rounds them up."""
