@@ -88,8 +88,11 @@ def draw_requests(
         )
         drawn.append(_request(draw, setup, mode, swarm, accepts, place))
     size, least = next(size for size in sizes if size >= count), max(allowed[0], count)
-    if allowed[-1] > DISTINCT_REQUESTS and least < allowed[-1]:
-        size = least + between(draw, size - least, sizes[-1] - least)
+    # Only a batch of all the different requests there may be is larger than they are: what shows in two requests then
+    # has two that were drawn, and shows in a small bucket too. Without a choice as well, so that nothing shifts.
+    repeated = count == DISTINCT_REQUESTS and least < allowed[-1]
+    more = between(draw, size - least, sizes[-1] - least) if repeated else between(draw, 0, 0)
+    size = least + more if repeated else size
     batch = list(islice(cycle(drawn), size))
     if Feature.POOL_ROWS not in swarm:
         batch = _with_own_rows(setup, batch, rows)

@@ -113,9 +113,12 @@ def test_found_shrunk_saved_replayed_and_fixed(
     run = hunt(bug, path, seed, tmp_path / "corpus")
     assert accused(bug, run)
     for found in accused(bug, run):
-        assert_right_and_small(bug, found)
         assert found.path is not None
         assert load(found.path).case == found.case
+        assert_accused(bug, found)
+        if bug.races and not found.shrunk:
+            continue  # whether a race shows again is up to the machine; it was found, said so, and kept as it was drawn
+        assert_right_and_small(bug, found)
         replayed = replay(found, path)
         assert replayed.status is Status.FAILED
         (verdict,) = replayed.verdicts
@@ -130,11 +133,15 @@ def test_found_shrunk_saved_replayed_and_fixed(
         assert [verdict.outcome for verdict in replayed.verdicts] == [Outcome.AGREE]
 
 
-def assert_right_and_small(bug: GraphBug, found: Disagreement) -> None:
-    """The right copy is accused by the right executor, under a right code, with its smallest case."""
-    smallest = {bug.code: bug.smallest, **bug.also}
+def assert_accused(bug: GraphBug, found: Disagreement) -> None:
+    """The right copy is accused by the right executor, under a right code."""
     assert (found.signature.implementation, found.signature.executor) == (bug.copy_name, executor_of(bug))
-    assert found.signature.code in smallest, found.finding
+    assert found.signature.code in (bug.code, *bug.also), found.finding
+
+
+def assert_right_and_small(bug: GraphBug, found: Disagreement) -> None:
+    """The smallest case is one that a person would have written."""
+    smallest = {bug.code: bug.smallest, **bug.also}
     assert found.shrunk
     assert not found.note
     assert (found.reliability.disagreed, found.reliability.runs) == (5, 5)
