@@ -58,7 +58,7 @@ def test_a_file_gives_an_item_per_implementation(inner: pytest.Pytester) -> None
     result = _run(inner, "--nsa-corpus", "corpus", "--collect-only", "-q", *EAGER)
     assert result.ret == 0
     names = [name for name in registered() if f"{stems[0]}[{name}]" in _collected(result)]
-    assert names[:5] == ["python-loop", "vectorized", "triton-fused", "triton-inplace", "precomputed-copy"]
+    assert {"python-loop", "vectorized", "triton-fused", "triton-inplace", "precomputed-copy"} <= set(names)
     assert _collected(result) == [f"{stem}[{name}]" for stem in stems for name in names]
 
 

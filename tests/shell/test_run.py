@@ -18,7 +18,7 @@ from nsa_verify.engine.corpus import load
 
 EAGER = ("--executor", "eager")
 FOUND = (
-    *("run", "--impl", "mine.py", "--only", "short-top-k", "--only", "vectorized", "-n", 40, "--seed", 7, "-w", 1),
+    *("run", "--impl", "mine.py", "--only", "short-top-k", "--only", "vectorized", "-n", 40, "--seed", 5, "-w", 1),
     *EAGER,
 )
 
@@ -45,7 +45,7 @@ def test_the_header_says_what_the_run_is_a_function_of(found: tuple[Path, Result
     first, second, third = found[1].stdout.splitlines()[:3]
     assert re.fullmatch(r"nsa-verify \S+ on .*, torch \S+, triton \S+ \((interpreted|compiled)\)", first)
     assert second == (
-        "seed 7; cases 40; modes decode,target-verify,draft-extend,draft-extend-v2; executors eager; profile dev;"
+        "seed 5; cases 40; modes decode,target-verify,draft-extend,draft-extend-v2; executors eager; profile dev;"
         " workers 1; corpus corpus; only short-top-k,vectorized"
     )
     assert third == "2 implementations: vectorized, short-top-k"
@@ -81,7 +81,7 @@ def test_what_is_saved_is_what_was_printed(found: tuple[Path, Result]) -> None:
     entry = load(saved)
     assert entry.finding is not None
     assert (entry.finding.code, entry.finding.expected, entry.finding.got) == ("NV101", 8, 7)
-    assert (entry.provenance.seed, entry.provenance.impl, entry.provenance.attempts) == (7, ("mine.py",), 5)
+    assert (entry.provenance.seed, entry.provenance.impl, entry.provenance.attempts) == (5, ("mine.py",), 5)
     assert entry.title == "short-top-k: wrong value in the live region: nsa_cache_seqlens[0]: expected 8, got 7"
 
 
@@ -143,7 +143,7 @@ def test_json_states_the_same_facts(found: tuple[Path, Result], folder: Path) ->
     done = invoke(*FOUND, "--json")
     assert (done.exit_code, done.stderr) == (1, "")
     told: dict[str, Any] = json.loads(done.stdout)
-    assert (told["seed"], told["cases"], told["exit_code"], told["error"]) == (7, 40, 1, "")
+    assert (told["seed"], told["cases"], told["exit_code"], told["error"]) == (5, 40, 1, "")
     assert told["digest"] == _digest(found[1].stdout)
     assert told["stop"] == "all cases were drawn"
     assert [it["name"] for it in told["subjects"]] == ["vectorized", "short-top-k"]
