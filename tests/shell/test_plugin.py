@@ -18,8 +18,7 @@ from shell.commands import (
     written,
 )
 
-from nsa_verify.core.implementation import registered
-from nsa_verify.core.registry import load_builtin
+from nsa_verify.core.registry import load, load_builtin
 from nsa_verify.engine.plan import ROUND_CASES, Plan
 from nsa_verify.engine.worker import run_round
 
@@ -57,8 +56,9 @@ def test_a_file_gives_an_item_per_implementation(inner: pytest.Pytester) -> None
     stems = sorted(saved(inner.path, seq_len).stem for seq_len in (8, 9, 10))
     result = _run(inner, "--nsa-corpus", "corpus", "--collect-only", "-q", *EAGER)
     assert result.ret == 0
-    names = [name for name in registered() if f"{stems[0]}[{name}]" in _collected(result)]
-    assert {"python-loop", "vectorized", "triton-fused", "triton-inplace", "precomputed-copy"} <= set(names)
+    # In the order of the matrix, whichever module some other test imported first.
+    names = [name for name in load() if f"{stems[0]}[{name}]" in _collected(result)]
+    assert names[:5] == ["python-loop", "vectorized", "triton-fused", "triton-inplace", "precomputed-copy"]
     assert _collected(result) == [f"{stem}[{name}]" for stem in stems for name in names]
 
 
