@@ -95,6 +95,11 @@ class Implementation:
     optional_outputs: frozenset[str]
     source: str = "built-in"
 
+    @property
+    def file(self) -> str:
+        """The file whose lines are blamed; empty where ``source`` names none."""
+        return self.source.rpartition(":")[0]
+
     def not_applicable(self, setup: Setup, mode: Mode) -> str | None:
         """Why this implementation does not run ``mode`` under ``setup``, or None if it does."""
         if mode not in self.modes:

@@ -32,7 +32,7 @@ class EagerSession:
         self._rig, self.implementation = rig, implementation
         self.fallbacks: tuple[str, ...] = ()
         self.holds: object = None
-        self._source = implementation.source.rpartition(":")[0]
+        self._source = implementation.file
         self.delay = False
         self.served: list[Served] = []
         self._notes: list[Note] = []

@@ -250,7 +250,7 @@ class GraphSession:
 
     def capture(self, rig: Rig, implementation: Implementation, key: GraphKey) -> None:
         """Warm up, and capture the graph of ``key`` on a stream of its own."""
-        source = implementation.source.rpartition(":")[0]
+        source = implementation.file
         for _ in range(WARM_UPS):
             rig.load_capture(*key)
             self._stream.wait_stream(torch.cuda.current_stream())

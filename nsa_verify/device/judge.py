@@ -322,7 +322,7 @@ class Judge:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
         # A compiler's message starts with the place and ends with what is wrong there.
         sentence = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
-        where = stop.line or line_of(error, implementation.source.rpartition(":")[0])
+        where = stop.line or line_of(error, implementation.file)
         second = len(run.served) > 1 and run.served[-2] == replay
         code = Code.NOT_IDEMPOTENT if second else Code.EXCEPTION
         message = f"{during}{type(error).__name__}: {sentence} ({where})" + (", on a second call" if second else "")

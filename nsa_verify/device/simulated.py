@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.findings import Code
@@ -65,7 +65,7 @@ class SimulatedGraph:
 
 
 def _capture(rig: Rig, implementation: Implementation, key: GraphKey) -> Tape:
-    source = implementation.source.rpartition(":")[0]
+    source = implementation.file
     host = [rig.host_seq_lens] if rig.setup.host_lengths else []
     recorder = Recorder(Memory(static=[rig.arena, rig.pool.table], host=host), source)
     for _ in range(WARM_UPS):
@@ -78,15 +78,4 @@ def _capture(rig: Rig, implementation: Implementation, key: GraphKey) -> Tape:
     moved = rig.moved(*key, implementation.writes(rig.setup))
     if moved is not None:
         raise CaptureRefused(Code.MOVED, moved)
-    return recorder.tape
-
-
-def record(region: Callable[[], None], memory: Memory, source: str) -> Tape:
-    """Capture ``region``, which uses ``memory``; ``source`` is the file whose lines are blamed.
-
-    Raises ``CaptureRefused`` for what cannot be captured, and what else ``region`` raises.
-    """
-    recorder = Recorder(memory, source)
-    with recorder.recording():
-        region()
     return recorder.tape

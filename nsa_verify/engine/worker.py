@@ -25,7 +25,7 @@ from msgspec import Struct
 
 from nsa_verify.core.case import Case, size_of
 from nsa_verify.core.findings import Finding, Outcome, Signature, Verdict
-from nsa_verify.core.implementation import Implementation, take_fallbacks
+from nsa_verify.core.implementation import Implementation
 from nsa_verify.core.registry import ImplementationError, load
 from nsa_verify.engine.drawing import draw_round, shrink_round
 from nsa_verify.engine.events import Cell, Matrix, Reliability, Subject, Tally
@@ -236,12 +236,8 @@ def judge_case(
     from nsa_verify.device.judge import Judge
 
     judge: Judge = Judge(case, device)
-    verdicts = []
-    for executor in drivers(device, executors):
-        for it in implementations:
-            take_fallbacks()  # what was reported while an earlier verdict was looked into is nobody's
-            verdicts.append(judge.judge(it, executor, repeat, delay))
-    return verdicts
+    executors_here = drivers(device, executors)
+    return [judge.judge(it, executor, repeat, delay) for executor in executors_here for it in implementations]
 
 
 def judge_saved(plan: Plan, case: Case) -> list[Verdict]:

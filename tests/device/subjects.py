@@ -33,21 +33,25 @@ def subject(
 ) -> Implementation:
     """The right implementation; with ``before`` run ahead of it and ``bug`` after it."""
 
-    def refresh(inputs: ReplayInputs, steps: Steps, setup: Setup) -> None:
-        if before is not None:
-            before(inputs, steps, setup)
-        right(inputs, steps, setup)
-        if bug is not None:
-            bug(inputs, steps, setup)
-
     return bare(
-        refresh,
+        _between(before, right, bug),
         modes=modes,
         extent=extent,
         block=block,
         host_lengths=host_lengths,
         optional_outputs=optional_outputs,
     )
+
+
+def _between(before: Bug | None, refresh: Refresh, bug: Bug | None) -> Refresh:
+    def spoilt(inputs: ReplayInputs, steps: Steps, setup: Setup) -> None:
+        if before is not None:
+            before(inputs, steps, setup)
+        refresh(inputs, steps, setup)
+        if bug is not None:
+            bug(inputs, steps, setup)
+
+    return spoilt
 
 
 def bare(
@@ -87,14 +91,7 @@ def capturable(
 ) -> Implementation:
     """``refresh``, by default one that is right and capturable, with ``before`` ahead of it and ``bug`` after it."""
 
-    def spoilt(inputs: ReplayInputs, steps: Steps, setup: Setup) -> None:
-        if before is not None:
-            before(inputs, steps, setup)
-        refresh(inputs, steps, setup)
-        if bug is not None:
-            bug(inputs, steps, setup)
-
-    made = bare(spoilt, modes=modes, extent=Extent.FULL, host_lengths=host_lengths)
+    made = bare(_between(before, refresh, bug), modes=modes, extent=Extent.FULL, host_lengths=host_lengths)
     blamed = (bug or before or refresh).__code__.co_filename
     return replace(made, capturable=frozenset(modes), source=f"{blamed}:1")
 

@@ -13,10 +13,10 @@ from device import programs
 from device.programs import FROZEN, ILLEGAL, KNOWN_DIFFERENCES, LEGAL, Data, Program
 
 from nsa_verify import Code
-from nsa_verify.device import graph, simulated
+from nsa_verify.device import graph
 from nsa_verify.device.memory import Memory
 from nsa_verify.device.stops import CaptureRefused, ImplementationRaised
-from nsa_verify.device.tape import Tape
+from nsa_verify.device.tape import Recorder, Tape
 from nsa_verify.device.temporaries import WatchedCalls
 
 SOURCE = programs.__file__
@@ -49,6 +49,14 @@ def put(data: Data, numbers: tuple[list[int], list[int]]) -> None:
     data.y.copy_(torch.tensor(numbers[1]))
     data.mirror.copy_(torch.tensor(numbers[0]))
     data.out.fill_(-7)
+
+
+def recorded(region: Callable[[], None], data: Data) -> Tape:
+    """The tape of ``region``, which works on ``data``."""
+    recorder = Recorder(Memory([data.x, data.y, data.out], host=[data.mirror]), SOURCE)
+    with recorder.recording():
+        region()
+    return recorder.tape
 
 
 def outcome(data: Data) -> list[int]:
@@ -85,7 +93,7 @@ def captured(program: Program, device: str) -> Iterator[Captured]:
 
     static = [data.x, data.y, data.out]
     if device == "cpu":
-        tape = simulated.record(region, Memory(static, host=[data.mirror]), SOURCE)
+        tape = recorded(region, data)
         tape.scribble()
         yield Captured(data, tape.replay)
         return
@@ -176,7 +184,7 @@ def test_memory_of_the_graph_holds_nothing_between_replays() -> None:
         it.out.copy_(it.x + kept["ones"])
 
     def record() -> Tape:
-        return simulated.record(lambda: program(data), Memory([data.x, data.y, data.out], [data.mirror]), SOURCE)
+        return recorded(lambda: program(data), data)
 
     first, second = record(), record()
     for tape in (first, second):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ from quality.planted import BUGS, Bug
 
 from nsa_verify.core import implementation as registry
 from nsa_verify.core.findings import Outcome
-from nsa_verify.core.registry import load_builtin
 from nsa_verify.engine.corpus import Provenance, load
 from nsa_verify.engine.events import CheckFailed, Disagreement, RoundFinished, RunFinished
 from nsa_verify.engine.keeping import keep
@@ -25,20 +22,6 @@ EAGER = ("eager",)
 """These bugs are not of graphs; and a copy may declare more modes capturable than its bug leaves it."""
 WITHIN = (20, 60, 300)
 """Cases: the first rounds are the same however many follow, so a bug found in 20 is found in 300."""
-
-
-@pytest.fixture(autouse=True)
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Copies with and without a bug have the same name; each test starts without those of the others."""
-    load_builtin()
-    modules = set(sys.modules)
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    prepare.cache_clear()
-    yield
-    prepare.cache_clear()
-    for name in set(sys.modules) - modules:
-        if name.startswith("nsa_verify_impl_"):
-            del sys.modules[name]
 
 
 class Run:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import NO_GPU
 from msgspec.structs import replace
+from quality.conftest import unload
 from quality.planted_graphs import (
     FROZEN_MAXIMUM,
     GPU_BUGS,
@@ -22,8 +22,7 @@ from quality.test_planted_bugs import Run
 
 from nsa_verify import Case, Code, Mode, Outcome, Replay, Request, Setup, Verdict, verify
 from nsa_verify.core import implementation as registry
-from nsa_verify.core.registry import load_builtin, load_reference
-from nsa_verify.device import graph, rig
+from nsa_verify.core.registry import load_reference
 from nsa_verify.engine.corpus import load
 from nsa_verify.engine.events import Disagreement, DisagreementSeen, RoundFinished
 from nsa_verify.engine.plan import EAGER, ROUND_CASES, Plan
@@ -42,26 +41,6 @@ BUGS = [
     *(pytest.param(bug, id=bug.name) for bug in GRAPH_BUGS),
     *(pytest.param(bug, id=bug.name, marks=pytest.mark.gpu) for bug in GPU_BUGS),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Copies with and without a bug have the same name; each test starts without those of the others."""
-    load_builtin()
-    modules = set(sys.modules)
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    prepare.cache_clear()
-    yield
-    prepare.cache_clear()
-    rig.close_rigs()
-    assert graph.CapturedGraph.open_graphs == 0
-    _unload(set(sys.modules) - modules)
-
-
-def _unload(modules: set[str]) -> None:
-    for name in modules:
-        if name.startswith("nsa_verify_impl_"):
-            del sys.modules[name]
 
 
 def executor_of(bug: GraphBug) -> str:
@@ -166,7 +145,7 @@ def assert_eagerly(bug: GraphBug, found: Disagreement, path: Path, monkeypatch: 
 def verify_afresh(case: Case, path: Path, bug: GraphBug, monkeypatch: pytest.MonkeyPatch) -> Verdict:
     """Import the copy again and call it."""
     monkeypatch.delitem(registry._registered, bug.copy_name)
-    _unload(set(sys.modules))
+    unload(set(sys.modules))
     prepare.cache_clear()
     load_reference(str(path))
     return verify(case, bug.copy_name)
