@@ -10,6 +10,7 @@ from typing import Final, NamedTuple, Protocol
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.findings import Code
 from nsa_verify.core.implementation import Implementation
+from nsa_verify.core.marks import Phase, note
 from nsa_verify.device.rig import Rig
 from nsa_verify.device.stops import CaptureRefused, GraphKey, ImplementationRaised
 from nsa_verify.device.temporaries import WatchedCalls
@@ -103,6 +104,7 @@ def call(rig: Rig, implementation: Implementation, key: GraphKey, watched: Watch
 @contextmanager
 def while_capturing(key: GraphKey) -> Iterator[None]:
     """Name ``key`` in what stops its capture."""
+    note(Phase.CAPTURING)
     try:
         yield
     except ImplementationRaised as raised:

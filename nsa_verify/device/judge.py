@@ -20,6 +20,7 @@ from nsa_verify.core.case import Case
 from nsa_verify.core.findings import SEVERITY, Code, Finding, Outcome, Verdict
 from nsa_verify.core.implementation import Implementation, Refresh, take_fallbacks
 from nsa_verify.core.invariants import content_of, violations
+from nsa_verify.core.marks import Phase, note
 from nsa_verify.core.oracle import expect
 from nsa_verify.core.registry import find
 from nsa_verify.device.blame import line_of
@@ -27,6 +28,7 @@ from nsa_verify.device.diagnosis import Snapshot, diagnose
 from nsa_verify.device.driving import Executor, Note, Session
 from nsa_verify.device.eager import EagerSession
 from nsa_verify.device.executors import EAGER, executors_for
+from nsa_verify.device.health import refuse_dead
 from nsa_verify.device.images import ImageKey, is_allowed, paint
 from nsa_verify.device.pool import Difference
 from nsa_verify.device.rig import Rig, rig_for
@@ -85,14 +87,17 @@ class _Run:
 class Judge:
     """One case, ready to be run: its images are computed once and shared by the implementations."""
 
-    def __init__(self, case: Case, device: str) -> None:
+    def __init__(self, case: Case, device: str, careful: bool = False) -> None:
+        """With ``careful`` the device has finished each call before the next one begins."""
         self.case = case
+        self._device, self._careful = device, careful and device == "cuda"
         self._delay = False
         self._images: dict[ImageKey, tuple[Tensor, Tensor]] = {}
         try:
             self.rig = rig_for(case.setup, device)
             self._own_fault = self._check_oracle()
         except Exception as error:  # noqa: BLE001 - every verdict on the case is unknown and says why
+            refuse_dead(device, error)
             self._own_fault = _fault(error)
 
     def judge(
@@ -121,6 +126,7 @@ class Judge:
                 run = self._run(implementation, executor, served, repeat)
             findings = self._findings(implementation, executor, run, repeat)
         except Exception as error:  # noqa: BLE001 - whatever fails here, the verdict is unknown and says why
+            refuse_dead(self._device, error)
             return replace(said, outcome=Outcome.UNKNOWN, modes=modes, reason=_fault(error))
         return replace(
             said,
@@ -175,12 +181,14 @@ class Judge:
         rig, case = self.rig, self.case
         keys = tuple(dict.fromkeys((case.replays[replay].mode, case.bucket(replay)) for replay in served))[::-1]
         take_fallbacks()
+        note(Phase.CAPTURING, served[0])
         try:
             opened, kept = rig.session(
                 (executor.name, id(implementation.refresh), implementation.name, keys),
                 lambda: _open(rig, executor, implementation, keys),
             )
         except (ImplementationRaised, CaptureRefused) as stop:
+            refuse_dead(self._device, stop)
             return self._never_ran(stop, served)
         values, _ = self._image(implementation)
         rig.reset()
@@ -191,13 +199,18 @@ class Judge:
         for number, replay in enumerate([*served, *served[-1:]] if repeat else served):
             if number < len(served):
                 rig.load(case, replay, values[replay])
+            note(Phase.CALLING, replay)
             try:
                 opened.replay(case.replays[replay].mode, case.bucket(replay))
+                if self._careful:
+                    torch.cuda.synchronize()
             except (ImplementationRaised, CaptureRefused) as stop:
+                refuse_dead(self._device, stop)
                 run.stop = stop
             self._keep(run, replay)
             if run.stop is not None:
                 break
+        note(Phase.CHECKING, served[-1])
         run.notes = opened.end()
         run.fallbacks = opened.fallbacks + take_fallbacks()
         if isinstance(opened, EagerSession):
