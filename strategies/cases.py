@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture.data import ConjectureData
 
-from nsa_verify.core.case import Case, Mode
+from nsa_verify.core.case import Case, Mode, Setup
+from nsa_verify.strategies.choice import composed
 from nsa_verify.strategies.limits import Limits
 from nsa_verify.strategies.replays import draw_replays
-from nsa_verify.strategies.setups import draw_setup
+from nsa_verify.strategies.setups import setups
 from nsa_verify.strategies.swarm import Swarm
 
 
@@ -23,10 +25,13 @@ def cases(
     """
     if not modes:
         raise ValueError("modes = (): name at least one mode")
-    return _cases(tuple(modes), swarm or Swarm.everything(), limits or Limits.small())
+    swarm, limits = swarm or Swarm.everything(), limits or Limits.small()
+    return _cases(setups(swarm, limits), tuple(modes), swarm, limits)
 
 
-@st.composite
-def _cases(draw: st.DrawFn, modes: tuple[Mode, ...], swarm: Swarm, limits: Limits) -> Case:
-    setup = draw_setup(draw, swarm, limits)
-    return Case(setup, draw_replays(draw, setup, modes, swarm, limits))
+@composed
+def _cases(
+    data: ConjectureData, setups_: st.SearchStrategy[Setup], modes: tuple[Mode, ...], swarm: Swarm, limits: Limits
+) -> Case:
+    setup = data.draw(setups_)
+    return Case(setup, draw_replays(data, setup, modes, swarm, limits))

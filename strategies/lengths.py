@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture.data import ConjectureData
 
 from nsa_verify.core.case import INT32_MAX, Mode, Setup, longest, shortest
-from nsa_verify.strategies.choice import near
+from nsa_verify.strategies.choice import composed, near
 from nsa_verify.strategies.swarm import Feature, Swarm
 from nsa_verify.strategies.turns import Stretch
 
@@ -86,7 +87,7 @@ def _longest_summable(setup: Setup) -> int:
 
 
 def draw_length(
-    draw: st.DrawFn,
+    data: ConjectureData,
     setup: Setup,
     mode: Mode,
     accept_len: int,
@@ -100,11 +101,11 @@ def draw_length(
     """
     low, high = length_range(setup, mode, accept_len, swarm)
     if wanted is not None:
-        return near(draw, low, high, (min(max(wanted, low), high),), plain_in_ten=0)
+        return near(data, low, high, (min(max(wanted, low), high),), plain_in_ten=0)
     if stretch is not Stretch.ANY:
-        return near(draw, low, high, (low if stretch is Stretch.SHORTEST else high,), plain_in_ten=0)
+        return near(data, low, high, (low if stretch is Stretch.SHORTEST else high,), plain_in_ten=0)
     favourites = _favourites(setup, mode, low, high) if Feature.BOUNDARY_LENGTHS in swarm else ()
-    return near(draw, low, high, favourites, plain_in_ten=4)
+    return near(data, low, high, favourites, plain_in_ten=4)
 
 
 @lru_cache(maxsize=1024)
@@ -123,6 +124,6 @@ def lengths(setup: Setup, mode: Mode, accept_len: int = 1, swarm: Swarm | None =
     return _lengths(setup, mode, accept_len, swarm or Swarm.everything())
 
 
-@st.composite
-def _lengths(draw: st.DrawFn, setup: Setup, mode: Mode, accept_len: int, swarm: Swarm) -> int:
-    return draw_length(draw, setup, mode, accept_len, swarm)
+@composed
+def _lengths(data: ConjectureData, setup: Setup, mode: Mode, accept_len: int, swarm: Swarm) -> int:
+    return draw_length(data, setup, mode, accept_len, swarm)

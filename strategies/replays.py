@@ -8,9 +8,10 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture.data import ConjectureData
 
 from nsa_verify.core.case import MAX_REPLAYS, Mode, Replay, Setup, SlotKind
-from nsa_verify.strategies.choice import between, pick
+from nsa_verify.strategies.choice import between, composed, pick
 from nsa_verify.strategies.limits import Limits
 from nsa_verify.strategies.requests import draw_empty, draw_requests
 from nsa_verify.strategies.swarm import Feature, Swarm
@@ -34,11 +35,11 @@ def replays(
     return _replays(setup, tuple(modes), swarm or Swarm.everything(), limits or Limits.small())
 
 
-@st.composite
+@composed
 def _replays(
-    draw: st.DrawFn, setup: Setup, modes: tuple[Mode, ...], swarm: Swarm, limits: Limits
+    data: ConjectureData, setup: Setup, modes: tuple[Mode, ...], swarm: Swarm, limits: Limits
 ) -> tuple[Replay, ...]:
-    return draw_replays(draw, setup, modes, swarm, limits)
+    return draw_replays(data, setup, modes, swarm, limits)
 
 
 @lru_cache(maxsize=16)
@@ -101,21 +102,21 @@ class _Case(NamedTuple):
 
 
 def draw_replays(
-    draw: st.DrawFn, setup: Setup, modes: tuple[Mode, ...], swarm: Swarm, limits: Limits
+    data: ConjectureData, setup: Setup, modes: tuple[Mode, ...], swarm: Swarm, limits: Limits
 ) -> tuple[Replay, ...]:
     """Draw the replays of a case."""
-    usual_mode = pick(draw, modes)
+    usual_mode = pick(data, modes)
     if Feature.MODE_SWITCHES not in swarm:
         modes = (usual_mode,)
-    bucket = None if Feature.BUCKET_SWITCHES in swarm else pick(draw, setup.buckets)
+    bucket = None if Feature.BUCKET_SWITCHES in swarm else pick(data, setup.buckets)
     themes = _themes(modes, swarm)
-    theme = pick(draw, themes) if len(themes) > 1 else themes[0]
+    theme = pick(data, themes) if len(themes) > 1 else themes[0]
     case = _Case(setup, modes, usual_mode, swarm, limits, bucket, turns(swarm), theme)
     earlier: list[_Draft] = []
     draft = _drafts(case, earlier)
     # A count, and right behind it what it counts: Hypothesis can take the first ones out as well as the last.
-    for _ in range(pick(draw, _counts_for(setup, swarm, limits))):
-        earlier.append(draw(draft))  # noqa: PERF401 - the next one looks at it
+    for _ in range(pick(data, _counts_for(setup, swarm, limits))):
+        earlier.append(data.draw(draft))  # noqa: PERF401 - the next one looks at it
     return tuple(it.replay for it in earlier)
 
 
@@ -142,30 +143,30 @@ def _counts_for(setup: Setup, swarm: Swarm, limits: Limits) -> tuple[int, ...]:
 
 # What came before decides from which range something is drawn, never whether. So a replay stays what it is when those
 # before it are taken out, once the choices that look back have shrunk to those that do not.
-@st.composite
-def _drafts(draw: st.DrawFn, case: _Case, earlier: Sequence[_Draft]) -> _Draft:
+@composed
+def _drafts(data: ConjectureData, case: _Case, earlier: Sequence[_Draft]) -> _Draft:
     """One replay behind ``earlier``, which grows between the draws: a strategy made anew costs more than the draw."""
     setup, swarm = case.setup, case.swarm
-    mode = _mode(draw, case, earlier[-1].replay.mode if earlier else None)
+    mode = _mode(data, case, earlier[-1].replay.mode if earlier else None)
     # Before the requests: of two ways to the same batch, the one that does not look back then counts as simpler.
-    turn = _turn(draw, case)
+    turn = _turn(data, case)
     before = next((it.batch for it in reversed(earlier) if it.replay.requests), None)
     settled = given(turn, before, allowed_sizes(setup, swarm, case.bucket))
-    requests, batch = draw_requests(draw, setup, mode, swarm, case.bucket, settled)
-    slots, pool_seed = pick(draw, _pools(Feature.SLOT_KINDS in swarm, Feature.POOL_SEEDS in swarm))
+    requests, batch = draw_requests(data, setup, mode, swarm, case.bucket, settled)
+    slots, pool_seed = pick(data, _pools(Feature.SLOT_KINDS in swarm, Feature.POOL_SEEDS in swarm))
     # After the requests: an empty batch is then no shorter to draw than a batch of one, and does not count as simpler.
-    if draw_empty(draw, setup, swarm, case.limits, case.bucket):
+    if draw_empty(data, setup, swarm, case.limits, case.bucket):
         requests = ()
     # Whether or not there are padded rows: a case with none is then no longer to draw than one with some.
-    padded_accept_len = pick(draw, (1, setup.num_draft_tokens if mode is Mode.DRAFT_EXTEND else 1))
-    padded_pool_row = pick(draw, (0, 0, 1, setup.pool_rows - 1)) if Feature.POOL_ROWS in swarm else 0
+    padded_accept_len = pick(data, (1, setup.num_draft_tokens if mode is Mode.DRAFT_EXTEND else 1))
+    padded_pool_row = pick(data, (0, 0, 1, setup.pool_rows - 1)) if Feature.POOL_ROWS in swarm else 0
     if len(requests) == setup.bucket_for(len(requests)):
         padded_accept_len, padded_pool_row = 1, 0
     padded_pool_row = min(padded_pool_row, setup.pool_rows - 1)
     return _Draft(Replay(mode, requests, slots, pool_seed, padded_accept_len, padded_pool_row), batch)
 
 
-def _mode(draw: st.DrawFn, case: _Case, before: Mode | None) -> Mode:
+def _mode(data: ConjectureData, case: _Case, before: Mode | None) -> Mode:
     """The case's usual mode, any mode, or one that follows the mode before.
 
     As in ``near``, the second choice is the mode itself, the same whatever the first. It counts from the usual mode:
@@ -182,20 +183,20 @@ def _mode(draw: st.DrawFn, case: _Case, before: Mode | None) -> Mode:
         high = _USUAL - 1
     elif Feature.MODE_CYCLES not in case.swarm:
         high = _USUAL + _ANY - 1
-    index = between(draw, low, high)
+    index = between(data, low, high)
     nearest, furthest = 0, len(modes) - 1
     if index not in range(_USUAL, _USUAL + _ANY):
         wanted = following[index % len(following)] if index >= _USUAL and following else usual
         nearest = furthest = (modes.index(wanted) - modes.index(usual)) % len(modes)
-    return modes[(modes.index(usual) + between(draw, nearest, furthest)) % len(modes)]
+    return modes[(modes.index(usual) + between(data, nearest, furthest)) % len(modes)]
 
 
-def _turn(draw: st.DrawFn, case: _Case) -> Turn:
+def _turn(data: ConjectureData, case: _Case) -> Turn:
     if len(case.turns) == 1:
         return case.turns[0]
     wanted = _TURNS_OF.get(case.theme, frozenset(Turn))
     found = [index for index, turn in enumerate(case.turns) if turn in wanted] or [0, len(case.turns) - 1]
-    return case.turns[between(draw, found[0], found[-1])]
+    return case.turns[between(data, found[0], found[-1])]
 
 
 @lru_cache(maxsize=4)

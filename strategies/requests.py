@@ -8,9 +8,10 @@ from itertools import chain, cycle, islice
 from typing import NamedTuple
 
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture.data import ConjectureData
 
 from nsa_verify.core.case import Mode, Request, Setup, longest, shortest
-from nsa_verify.strategies.choice import between, pick
+from nsa_verify.strategies.choice import between, composed, pick
 from nsa_verify.strategies.lengths import draw_length
 from nsa_verify.strategies.limits import Limits
 from nsa_verify.strategies.swarm import Feature, Swarm
@@ -56,27 +57,27 @@ def requests(
     return _requests(setup, mode, swarm or Swarm.everything(), limits or Limits.small(), bucket)
 
 
-@st.composite
+@composed
 def _requests(
-    draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm, limits: Limits, bucket: int | None
+    data: ConjectureData, setup: Setup, mode: Mode, swarm: Swarm, limits: Limits, bucket: int | None
 ) -> tuple[Request, ...]:
-    batch, _ = draw_requests(draw, setup, mode, swarm, bucket)
+    batch, _ = draw_requests(data, setup, mode, swarm, bucket)
     # Drawn last: an empty batch is then no shorter to draw than a batch of one, and does not count as simpler.
-    return () if draw_empty(draw, setup, swarm, limits, bucket) else batch
+    return () if draw_empty(data, setup, swarm, limits, bucket) else batch
 
 
 def draw_requests(
-    draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm, bucket: int | None, given: Given | None = None
+    data: ConjectureData, setup: Setup, mode: Mode, swarm: Swarm, bucket: int | None, given: Given | None = None
 ) -> tuple[tuple[Request, ...], Before]:
     """Draw a batch that is not empty, unless no real request fits; and what the next one may follow from."""
     if not has_room(setup, mode):
         return (), Before((), 0)
     given = given or Given()
-    allowed, sizes = _sizes(draw, setup, swarm, bucket, given)
-    accepts = _accepts(draw, setup, mode, swarm)
+    allowed, sizes = _sizes(data, setup, swarm, bucket, given)
+    accepts = _accepts(data, setup, mode, swarm)
     # A count, and right behind it what it counts: Hypothesis can take the first ones out as well as the last.
     highest = min(given.most, sizes[-1], DISTINCT_REQUESTS)
-    count = 1 + between(draw, min(given.fewest, highest) - 1, highest - 1)
+    count = 1 + between(data, min(given.fewest, highest) - 1, highest - 1)
     kept = given.staying(count)
     rows = (*(request.pool_row for request in kept), *given.rows)
     drawn = []
@@ -86,12 +87,12 @@ def draw_requests(
             pool_row=rows[index] if index < len(rows) else None,
             stretch=given.stretch,
         )
-        drawn.append(_request(draw, setup, mode, swarm, accepts, place))
+        drawn.append(_request(data, setup, mode, swarm, accepts, place))
     size, least = next(size for size in sizes if size >= count), max(allowed[0], count)
     # Only a batch of all the different requests there may be is larger than they are: what shows in two requests then
     # has two that were drawn, and shows in a small bucket too. Without a choice as well, so that nothing shifts.
     repeated = count == DISTINCT_REQUESTS and least < allowed[-1]
-    more = between(draw, size - least, sizes[-1] - least) if repeated else between(draw, 0, 0)
+    more = between(data, size - least, sizes[-1] - least) if repeated else between(data, 0, 0)
     size = least + more if repeated else size
     batch = list(islice(cycle(drawn), size))
     if Feature.POOL_ROWS not in swarm:
@@ -106,7 +107,7 @@ def has_room(setup: Setup, mode: Mode) -> bool:
     return shortest(setup, mode, 1) <= longest(setup, mode)
 
 
-def draw_empty(draw: st.DrawFn, setup: Setup, swarm: Swarm, limits: Limits, bucket: int | None) -> bool:
+def draw_empty(data: ConjectureData, setup: Setup, swarm: Swarm, limits: Limits, bucket: int | None) -> bool:
     """Draw whether a batch is empty: one of ten, and half of them where there are many rows.
 
     There only padded rows have length 0. No draw where it cannot be: the smallest bucket serves an empty batch.
@@ -114,11 +115,11 @@ def draw_empty(draw: st.DrawFn, setup: Setup, swarm: Swarm, limits: Limits, buck
     if not {Feature.PADDING, Feature.EMPTY_BATCHES} <= swarm.features or bucket not in (None, setup.buckets[0]):
         return False
     many = setup.buckets[0] * setup.num_draft_tokens > limits.rows
-    return between(draw, 8 if many else 0, 9) == 9
+    return between(data, 8 if many else 0, 9) == 9
 
 
 def _sizes(
-    draw: st.DrawFn, setup: Setup, swarm: Swarm, bucket: int | None, given: Given
+    data: ConjectureData, setup: Setup, swarm: Swarm, bucket: int | None, given: Given
 ) -> tuple[Sequence[int], Sequence[int]]:
     """The batch sizes that there may be, and those to choose from."""
     allowed = allowed_sizes(setup, swarm, bucket)
@@ -127,7 +128,7 @@ def _sizes(
         return allowed, sizes
     if bucket is None:
         first = allowed.index(sizes[0])
-        bucket = allowed[between(draw, first, first + len(sizes) - 1)]
+        bucket = allowed[between(data, first, first + len(sizes) - 1)]
     return (bucket,), (bucket,)
 
 
@@ -139,7 +140,7 @@ def _with_own_rows(setup: Setup, batch: Sequence[Request], rows: Sequence[int]) 
     return [Request(it.seq_len, row, it.accept_len) for it, row in zip(batch, every, strict=False)]
 
 
-def _accepts(draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm) -> _Accepts:
+def _accepts(data: ConjectureData, setup: Setup, mode: Mode, swarm: Swarm) -> _Accepts:
     ragged = mode is Mode.DRAFT_EXTEND
     tokens = setup.num_draft_tokens if ragged else 1
     zero = (0,) if ragged and Feature.ZERO_ACCEPTS in swarm else ()
@@ -147,8 +148,8 @@ def _accepts(draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm) -> _Accept
     # As many choices in every mode: a mode shrinks to another where nothing shifts.
     pattern = Pattern.RAGGED
     if Feature.UNIFORM_ACCEPTS in swarm:
-        pattern = Pattern(between(draw, 0, len(Pattern) - 1 if ragged else 0))
-    common = choices[between(draw, 0, len(choices) - 1 if pattern is not Pattern.RAGGED else 0)]
+        pattern = Pattern(between(data, 0, len(Pattern) - 1 if ragged else 0))
+    common = choices[between(data, 0, len(choices) - 1 if pattern is not Pattern.RAGGED else 0)]
     if pattern is Pattern.RAGGED:
         return _Accepts(pattern, choices, 1)
     if pattern is Pattern.UNIFORM:
@@ -157,14 +158,14 @@ def _accepts(draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm) -> _Accept
     return _Accepts(pattern, (common,), last)
 
 
-def _request(draw: st.DrawFn, setup: Setup, mode: Mode, swarm: Swarm, accepts: _Accepts, place: _Place) -> Request:
-    accept_len = pick(draw, accepts.choices)
+def _request(data: ConjectureData, setup: Setup, mode: Mode, swarm: Swarm, accepts: _Accepts, place: _Place) -> Request:
+    accept_len = pick(data, accepts.choices)
     grown = place.kept.seq_len + _added(setup, mode, accept_len) if place.kept is not None else None
-    seq_len = draw_length(draw, setup, mode, max(accept_len, accepts.last), swarm, place.stretch, grown)
+    seq_len = draw_length(data, setup, mode, max(accept_len, accepts.last), swarm, place.stretch, grown)
     if Feature.POOL_ROWS not in swarm:
         return Request(seq_len, 0, accept_len)
     lowest, highest = (0, setup.pool_rows - 1) if place.pool_row is None else (place.pool_row, place.pool_row)
-    return Request(seq_len, between(draw, lowest, highest), accept_len)
+    return Request(seq_len, between(data, lowest, highest), accept_len)
 
 
 def _added(setup: Setup, mode: Mode, accept_len: int) -> int:

@@ -6,9 +6,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture.data import ConjectureData
 
 from nsa_verify.core.case import MAX_DRAFT_TOKENS, PAGE_SIZES, CtxLens, IntType, Layout, Setup
-from nsa_verify.strategies.choice import below, between, chance, near, pick
+from nsa_verify.strategies.choice import below, between, chance, composed, near, pick
 from nsa_verify.strategies.limits import Limits
 from nsa_verify.strategies.swarm import Feature, Swarm
 
@@ -49,30 +50,25 @@ def setups(swarm: Swarm | None = None, limits: Limits | None = None) -> st.Searc
     return _setups(swarm or Swarm.everything(), limits or Limits.small())
 
 
-@st.composite
-def _setups(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
-    return draw_setup(draw, swarm, limits)
-
-
 # Hypothesis prefers fewer choices to smaller ones. Hence a field is drawn whatever the others are, or the simpler of
 # two ways draws less: otherwise a case would shrink to the odd layout that happens to need no further choice.
-def draw_setup(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
-    """Draw a setup; a function, since a strategy made anew for every draw costs more than the draw."""
-    tokens = pick(draw, _DRAFT_TOKENS)
-    page_size = pick(draw, PAGE_SIZES)
-    top_k = pick(draw, _TOP_K + (LARGE_TOP_K,) * 4 if Feature.LARGE_TOP_K in swarm else _TOP_K)
-    buckets, tokens, many = _buckets(draw, tokens, swarm, limits)
+@composed
+def _setups(data: ConjectureData, swarm: Swarm, limits: Limits) -> Setup:
+    tokens = pick(data, _DRAFT_TOKENS)
+    page_size = pick(data, PAGE_SIZES)
+    top_k = pick(data, _TOP_K + (LARGE_TOP_K,) * 4 if Feature.LARGE_TOP_K in swarm else _TOP_K)
+    buckets, tokens, many = _buckets(data, tokens, swarm, limits)
     fill = 1
     if Feature.FILL_ZERO in swarm:
-        fill = pick(draw, (1, 0, 0, 0) if many else (1, 0))
+        fill = pick(data, (1, 0, 0, 0) if many else (1, 0))
     least_rows = 1 if Feature.POOL_ROWS in swarm else buckets[-1]
-    long_width = _long_width(draw, tokens, least_rows, swarm, limits)
-    pool_width = _pool_width(draw, tokens, page_size, top_k, buckets[-1] * tokens, long_width, limits)
-    table_width = _table_width(draw, tokens, pool_width, long_width, swarm)
-    pool_rows = max(least_rows, min(pick(draw, _sizes(limits.pool_rows)), limits.pool_cells // pool_width))
-    inputs = _inputs(draw, swarm)
-    pool_extra, table_extra, skew = _strides(draw, swarm)
-    ctx_lens, schedule, num_sms = _optional_outputs(draw, swarm)
+    long_width = _long_width(data, tokens, least_rows, swarm, limits)
+    pool_width = _pool_width(data, tokens, page_size, top_k, buckets[-1] * tokens, long_width, limits)
+    table_width = _table_width(data, tokens, pool_width, long_width, swarm)
+    pool_rows = max(least_rows, min(pick(data, _sizes(limits.pool_rows)), limits.pool_cells // pool_width))
+    inputs = _inputs(data, swarm)
+    pool_extra, table_extra, skew = _strides(data, swarm)
+    ctx_lens, schedule, num_sms = _optional_outputs(data, swarm)
     return Setup(
         num_draft_tokens=tokens,
         index_topk=top_k,
@@ -83,7 +79,7 @@ def draw_setup(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
         pool_rows=pool_rows,
         pool_width=pool_width,
         pool_row_stride=pool_width + pool_extra,
-        num_steps=pick(draw, _step_counts(2, 2) if many else _step_counts(limits.steps, limits.most_steps))
+        num_steps=pick(data, _step_counts(2, 2) if many else _step_counts(limits.steps, limits.most_steps))
         if Feature.SEVERAL_STEPS in swarm
         else 1,
         buckets=buckets,
@@ -100,20 +96,20 @@ def draw_setup(draw: st.DrawFn, swarm: Swarm, limits: Limits) -> Setup:
     )
 
 
-def _buckets(draw: st.DrawFn, tokens: int, swarm: Swarm, limits: Limits) -> tuple[tuple[int, ...], int, bool]:
+def _buckets(data: ConjectureData, tokens: int, swarm: Swarm, limits: Limits) -> tuple[tuple[int, ...], int, bool]:
     """The captured batch sizes; the draft tokens, fewer at times; whether there are, rarely, many rows."""
     counts = _MANY_ROWS + tuple(rows for rows in _BLOCKS if rows <= limits.many_rows)
-    index = below(draw, 11 * len(counts)) - 10 * len(counts) if Feature.MANY_ROWS in swarm else -1
+    index = below(data, 11 * len(counts)) - 10 * len(counts) if Feature.MANY_ROWS in swarm else -1
     sizes, most = _sizes(limits.batch_size), max(1, limits.rows // tokens)
     if index >= 0:
         # Drawn as one bucket, the largest: what shows in fewer rows then shows in that one, and goes on from there.
         if Feature.BUCKET_SWITCHES in swarm:
-            between(draw, 0, 0)
-        between(draw, len(sizes) - 1, len(sizes) - 1)
+            between(data, 0, 0)
+        between(data, len(sizes) - 1, len(sizes) - 1)
         tokens = tokens if index < _ONE_TOKEN else 1
         return (-(-min(counts[index], limits.many_rows // tokens * tokens) // tokens),), tokens, True
-    count = pick(draw, _BUCKET_COUNTS) if Feature.BUCKET_SWITCHES in swarm else 1
-    return tuple(sorted({min(pick(draw, sizes), most) for _ in range(count)})), tokens, False
+    count = pick(data, _BUCKET_COUNTS) if Feature.BUCKET_SWITCHES in swarm else 1
+    return tuple(sorted({min(pick(data, sizes), most) for _ in range(count)})), tokens, False
 
 
 @lru_cache(maxsize=64)
@@ -129,26 +125,26 @@ def _step_counts(usual: int, most: int) -> tuple[int, ...]:
     return tuple(count for count in range(1, most + 1) for _ in range(weights.get(count, 1)))
 
 
-def _long_width(draw: st.DrawFn, tokens: int, pool_rows: int, swarm: Swarm, limits: Limits) -> int:
+def _long_width(data: ConjectureData, tokens: int, pool_rows: int, swarm: Swarm, limits: Limits) -> int:
     """The widest row of ``req_to_token`` where the context is, rarely, long; else 0."""
     if not {Feature.LONG_CONTEXT, Feature.CONTEXT_WALL} <= swarm.features:
         return 0
     widest = min(limits.long_width, limits.pool_cells // pool_rows)
-    return widest if below(draw, _LONG_IN) == _LONG_IN - 1 and widest > tokens else 0
+    return widest if below(data, _LONG_IN) == _LONG_IN - 1 and widest > tokens else 0
 
 
 def _pool_width(
-    draw: st.DrawFn, tokens: int, page_size: int, top_k: int, rows: int, long_width: int, limits: Limits
+    data: ConjectureData, tokens: int, page_size: int, top_k: int, rows: int, long_width: int, limits: Limits
 ) -> int:
     low, high = tokens + 1, limits.width
     if long_width:
         widths = [width + past for width in _LONG_WIDTHS for past in (tokens + 2, 200)]
-        return near(draw, low, long_width, [min(width, long_width) for width in widths], plain_in_ten=2)
+        return near(data, low, long_width, [min(width, long_width) for width in widths], plain_in_ten=2)
     if rows > limits.rows:
         high = limits.many_rows_width
     elif top_k == LARGE_TOP_K and 2 * rows <= limits.rows:
         high = limits.top_k_width
-    return near(draw, low, high, _widths(tokens, page_size, top_k, high), plain_in_ten=2)
+    return near(data, low, high, _widths(tokens, page_size, top_k, high), plain_in_ten=2)
 
 
 @lru_cache(maxsize=1024)
@@ -162,7 +158,7 @@ def _widths(tokens: int, page_size: int, top_k: int, most: int) -> tuple[int, ..
     return tuple(width for width in found if tokens < width <= most)
 
 
-def _table_width(draw: st.DrawFn, tokens: int, pool_width: int, long_width: int, swarm: Swarm) -> int:
+def _table_width(data: ConjectureData, tokens: int, pool_width: int, long_width: int, swarm: Swarm) -> int:
     """Engines have a few columns fewer than the pool row is wide; the simplest has as many.
 
     Of a long context the table shows only the beginning, since every one of its cells is written and compared.
@@ -170,7 +166,7 @@ def _table_width(draw: st.DrawFn, tokens: int, pool_width: int, long_width: int,
     fewer = (0, 1, 2, tokens, tokens + 1, tokens + 4, pool_width // 2, 0, 0)
     # One choice for both, and of a long context always some fewer: a case with few tokens past the table is then the
     # same once the context is no longer long.
-    index = between(draw, 1, len(_NARROW) - 1) if long_width else below(draw, len(fewer))
+    index = between(data, 1, len(_NARROW) - 1) if long_width else below(data, len(fewer))
     least = 1 if Feature.CONTEXT_WALL in swarm else tokens + 1
     return max(least, min(pool_width - fewer[index], _NARROW[index] if long_width else pool_width))
 
@@ -193,36 +189,36 @@ _INPUT_FEATURES = frozenset(
 )
 
 
-def _inputs(draw: st.DrawFn, swarm: Swarm) -> _Inputs:
+def _inputs(data: ConjectureData, swarm: Swarm) -> _Inputs:
     plain = _Inputs()
-    if swarm.features.isdisjoint(_INPUT_FEATURES) or not chance(draw, 6):
+    if swarm.features.isdisjoint(_INPUT_FEATURES) or not chance(data, 6):
         return plain
     layout, tail, seq_lens_dtype, pool_index_dtype, aliased, host_lengths = plain
     if Feature.SEQ_LENS_LAYOUT in swarm:
-        layout = pick(draw, (Layout.CONTIGUOUS, Layout.CONTIGUOUS, Layout.STRIDED, Layout.OFFSET))
+        layout = pick(data, (Layout.CONTIGUOUS, Layout.CONTIGUOUS, Layout.STRIDED, Layout.OFFSET))
     if Feature.INPUT_TAIL in swarm:
-        tail = pick(draw, (0, 0, 1, 3))
+        tail = pick(data, (0, 0, 1, 3))
     if Feature.INTEGER_WIDTHS in swarm:
-        seq_lens_dtype, pool_index_dtype = pick(draw, _DTYPES)
+        seq_lens_dtype, pool_index_dtype = pick(data, _DTYPES)
     if Feature.ALIASED_SEQ_LENS in swarm:
-        wanted = pick(draw, (False, True, True))
+        wanted = pick(data, (False, True, True))
         aliased = wanted and layout is Layout.CONTIGUOUS and tail == 0 and seq_lens_dtype == "int32"
     if Feature.NO_HOST_LENGTHS in swarm:
-        host_lengths = pick(draw, (True, False))
+        host_lengths = pick(data, (True, False))
     return _Inputs(layout, tail, seq_lens_dtype, pool_index_dtype, aliased, host_lengths)
 
 
-def _strides(draw: st.DrawFn, swarm: Swarm) -> tuple[int, int, int]:
+def _strides(data: ConjectureData, swarm: Swarm) -> tuple[int, int, int]:
     """Elements beyond the width in a pool row and in a table row, and how the latter grows from step to step."""
-    if Feature.ROW_STRIDES not in swarm or not chance(draw, 5):
+    if Feature.ROW_STRIDES not in swarm or not chance(data, 5):
         return 0, 0, 0
-    return pick(draw, _EXTRA_COLUMNS), pick(draw, _EXTRA_COLUMNS), pick(draw, (0, 1, 2, 5))
+    return pick(data, _EXTRA_COLUMNS), pick(data, _EXTRA_COLUMNS), pick(data, (0, 1, 2, 5))
 
 
-def _optional_outputs(draw: st.DrawFn, swarm: Swarm) -> tuple[CtxLens, bool, int]:
-    if Feature.OPTIONAL_OUTPUTS not in swarm or not chance(draw, 5):
+def _optional_outputs(data: ConjectureData, swarm: Swarm) -> tuple[CtxLens, bool, int]:
+    if Feature.OPTIONAL_OUTPUTS not in swarm or not chance(data, 5):
         return CtxLens.ABSENT, False, 4
-    ctx_lens = pick(draw, tuple(CtxLens))
-    if not pick(draw, (False, True)):
+    ctx_lens = pick(data, tuple(CtxLens))
+    if not pick(data, (False, True)):
         return ctx_lens, False, 4
-    return ctx_lens, True, pick(draw, (4, 1, 2, 3, 7, 33))
+    return ctx_lens, True, pick(data, (4, 1, 2, 3, 7, 33))

@@ -65,6 +65,16 @@ class Feature(StrEnum):
     """``index_topk`` of 2048, and sometimes tables wide enough to reach it."""
 
 
+SETUP_FEATURES: Final = frozenset(
+    {
+        *(Feature.CONTEXT_WALL, Feature.LONG_CONTEXT, Feature.BUCKET_SWITCHES, Feature.SEVERAL_STEPS),
+        *(Feature.SEQ_LENS_LAYOUT, Feature.INTEGER_WIDTHS, Feature.ROW_STRIDES, Feature.INPUT_TAIL),
+        *(Feature.ALIASED_SEQ_LENS, Feature.NO_HOST_LENGTHS, Feature.OPTIONAL_OUTPUTS, Feature.POOL_ROWS),
+        *(Feature.FILL_ZERO, Feature.MANY_ROWS, Feature.LARGE_TOP_K),
+    }
+)
+"""Those that a Setup is drawn by, some of them beside other things."""
+
 ON_PROBABILITY: Final = 0.75
 
 
@@ -80,15 +90,19 @@ class Swarm:
         return cls(frozenset(Feature))
 
     @classmethod
-    def for_round(cls, seed: int, round: int) -> Swarm:  # noqa: A002  # the word that users see
-        """What is on in ``round`` of a run with ``seed``: a function of these two, the same in every process.
+    def for_round(cls, seed: int, round: int, season: int | None = None) -> Swarm:  # noqa: A002  # the word that users see
+        """What is on in ``round`` of a run with ``seed``: a function of these, the same in every process.
 
-        Everything in round 0; later each feature with probability ``ON_PROBABILITY``.
+        Everything in round 0; later each feature with probability ``ON_PROBABILITY``. What a Setup may have is decided
+        by ``season``, another round, if the round's cases share their Setup with the cases of that one.
         """
         if round == 0:
             return cls.everything()
         chance = random.Random(f"swarm {seed} {round}")  # a string is hashed alike in every process and version
-        return cls(frozenset(feature for feature in Feature if chance.random() < ON_PROBABILITY))
+        found = frozenset(feature for feature in Feature if chance.random() < ON_PROBABILITY)
+        if season in (None, round):
+            return cls(found)
+        return cls(found - SETUP_FEATURES | cls.for_round(seed, season).features & SETUP_FEATURES)
 
     def without(self, *features: Feature) -> Swarm:
         """This swarm with ``features`` switched off."""

@@ -300,15 +300,38 @@ def slot(setup: Setup, replay: Replay, row: int, column: int) -> int:
     return page * setup.page_size + column % setup.page_size
 
 
-@lru_cache(maxsize=4096)
-def _row_slots(setup: Setup, slots: SlotKind, pool_seed: int, row: int, columns: int) -> tuple[int, ...]:
-    replay = Replay(slots=slots, pool_seed=pool_seed)
-    return tuple(slot(setup, replay, row, column) for column in range(columns))
+@lru_cache(maxsize=1024)
+def _row_slots(
+    slots: SlotKind, pool_seed: int, pool_width: int, page_size: int, row: int, columns: int
+) -> tuple[int, ...]:
+    """``slot`` of the first columns of a row, whole stretches at a time."""
+    if slots is SlotKind.SEQUENTIAL:
+        first = row * pool_width + 1000 * (pool_seed + 1)
+        return tuple([value % SLOT_MODULUS for value in range(first, first + columns)])
+    first = row * _ROW + pool_seed * _SEED
+    if slots is SlotKind.SCATTERED:
+        return tuple([value % SLOT_MODULUS for value in range(first, first + columns * _COLUMN, _COLUMN)])
+    pages, own = SLOT_MODULUS // page_size, -(-columns // page_size)
+    starts = [value % pages * page_size for value in range(first, first + own * _COLUMN, _COLUMN)]
+    return tuple([start + past for start in starts for past in range(page_size)][:columns])
 
 
 def row_slots(setup: Setup, replay: Replay, row: int, columns: int) -> tuple[int, ...]:
-    """The first ``columns`` cells of a row of ``req_to_token``."""
-    return _row_slots(setup, replay.slots, replay.pool_seed, row, columns)
+    """The first ``columns`` cells of a row of ``req_to_token``; kept for those who ask again."""
+    return _row_slots(replay.slots, replay.pool_seed, setup.pool_width, setup.page_size, row, columns)
+
+
+@lru_cache(maxsize=1024)
+def _row_pages(
+    slots: SlotKind, pool_seed: int, pool_width: int, page_size: int, row: int, columns: int
+) -> tuple[int, ...]:
+    found = _row_slots(slots, pool_seed, pool_width, page_size, row, columns)
+    return tuple([value // page_size for value in found[::page_size]])
+
+
+def row_pages(setup: Setup, replay: Replay, row: int, columns: int) -> tuple[int, ...]:
+    """The pages that every p-th of the first ``columns`` cells of a row of ``req_to_token`` lies in; kept as well."""
+    return _row_pages(replay.slots, replay.pool_seed, setup.pool_width, setup.page_size, row, columns)
 
 
 def size_of(case: Case) -> tuple[int, ...]:

@@ -28,6 +28,8 @@ class Code(StrEnum):
     MOVED = "NV303"
     OTHER_STREAM = "NV304"
     NEEDS_SYNC = "NV305"
+    DEATH = "NV401"
+    HANG = "NV402"
     EXCEPTION = "NV403"
     NOT_DETERMINISTIC = "NV501"
     NOT_IDEMPOTENT = "NV502"
@@ -138,6 +140,25 @@ EXPLANATIONS: Final[dict[Code, Explanation]] = {
         "torch.cuda.synchronize() or event.synchronize() left over from debugging, or before a host read.",
         "Take the synchronisation out; order device work by streams and events alone.",
     ),
+    Code.DEATH: Explanation(
+        "the implementation killed its process",
+        "The worker process ended while it ran the implementation: a signal, an exit, more memory than it may take, or"
+        " an error after which the GPU's context is dead, such as an illegal memory access. The line is that of the"
+        " implementation where it died, if that can be told.",
+        "A load or store without a mask, a 32-bit offset that wraps, a pointer to memory that was freed, a grid or a"
+        " length taken from a tensor that was not written.",
+        "Run the case alone under compute-sanitizer, or with --no-isolation under a debugger; look at the masks and at"
+        " the widths of the products in addresses first.",
+    ),
+    Code.HANG: Explanation(
+        "the implementation does not return",
+        "Nothing was heard of the worker for far longer than calls of this implementation usually take, and it was"
+        " ended from outside. The line is where it was then.",
+        "A spin on a flag that no other program sets, a loop whose bound comes from a negative or poisoned length, a"
+        " deadlock between programs of one kernel that wait for each other.",
+        "Look at the bounds of the loops for the lengths of the minimal case; kernels must not wait for programs that"
+        " may not be running.",
+    ),
     Code.EXCEPTION: Explanation(
         "the implementation raised an exception",
         "refresh() did not return. The message and the innermost line of the implementation are shown.",
@@ -176,6 +197,8 @@ EXPLANATIONS: Final[dict[Code, Explanation]] = {
 }
 
 SEVERITY: Final = (
+    Code.DEATH,
+    Code.HANG,
     Code.NOT_DETERMINISTIC,
     Code.NOT_IDEMPOTENT,
     Code.EXCEPTION,

@@ -6,7 +6,7 @@ Checked on the oracle's own expectation as well as on what an implementation lef
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from nsa_verify.core.case import Case, Mode, Replay, Setup, row_slots
@@ -45,6 +45,8 @@ def violations(case: Case, replay: int, content: Content) -> Iterator[Violation]
 
 def _negative(name: str, rows: Sequence[Sequence[int]]) -> Iterator[Violation]:
     for row, values in enumerate(rows):
+        if min(values, default=0) >= 0:
+            continue
         for column, value in enumerate(values):
             if value < 0:
                 yield Violation(name, row, column, f"negative length {value}, read as {value % 2**32} tokens")
@@ -55,9 +57,9 @@ def _prefix_sum(name: str, sums: Sequence[int], lengths: Sequence[int]) -> Itera
     if sums[0] != 0:
         yield Violation(name, 0, 0, f"starts at {sums[0]}, not at 0")
         return
-    for column in range(1, len(sums)):
-        if sums[column] < sums[column - 1]:
-            yield Violation(name, 0, column, f"runs backwards: {sums[column - 1]} then {sums[column]}")
+    for column, (before, value) in enumerate(pairwise(sums), start=1):
+        if value < before:
+            yield Violation(name, 0, column, f"runs backwards: {before} then {value}")
             return
     if sums[-1] != sum(lengths):
         yield Violation(name, 0, len(sums) - 1, f"ends at {sums[-1]}, the lengths sum to {sum(lengths)}")
@@ -68,7 +70,7 @@ def _top_k(setup: Setup, content: Content) -> Iterator[Violation]:
         return
     pairs = zip(content["nsa_cache_seqlens"][0], content["nsa_seqlens_expanded"][0], strict=True)
     for column, (clamped, expanded) in enumerate(pairs):
-        if clamped > min(expanded, setup.index_topk):
+        if clamped > expanded or clamped > setup.index_topk:
             sentence = f"{clamped} exceeds min(expanded = {expanded}, top-k = {setup.index_topk})"
             yield Violation("nsa_cache_seqlens", 0, column, sentence)
             return
@@ -79,18 +81,26 @@ def _tables(case: Case, replay: int, content: Content) -> Iterator[Violation]:
     repeats = [1] * given.bucket if given.mode is Mode.DECODE else given.accept_lens
     owners = [request for request, rows in enumerate(repeats) for _ in range(rows)]
     for name, page in (("page_table_1", 1), ("real_page_table", setup.page_size)):
+        seen: tuple[int, Sequence[int]] = (-1, ())
         for row, values in enumerate(content.get(name, ())):
-            allowed = _cells(setup, _pool_content(case.replays[replay]), given.pool_rows[owners[row]], page)
-            stray = next((column for column, value in enumerate(values) if value not in allowed), None)
+            pool_row = given.pool_rows[owners[row]]
+            if values is seen[1] and pool_row == seen[0]:
+                continue
+            seen = pool_row, values
+            stray = _stray(setup, case.replays[replay], pool_row, page, tuple(values))
             if stray is not None:
                 yield Violation(name, row, stray, f"{values[stray]} is no slot of the request's row of req_to_token")
                 return
 
 
-def _pool_content(replay: Replay) -> Replay:
-    return Replay(slots=replay.slots, pool_seed=replay.pool_seed)
+def _stray(setup: Setup, replay: Replay, pool_row: int, page: int, values: tuple[int, ...]) -> int | None:
+    """The first of ``values`` that is nowhere in the row of ``req_to_token``.
 
-
-@lru_cache(maxsize=4096)
-def _cells(setup: Setup, replay: Replay, row: int, page: int) -> frozenset[int]:
-    return frozenset(value // page for value in row_slots(setup, replay, row, setup.pool_width))
+    As a rule they are the row from its first column on. Only if they are not, all of the row, which may be very long,
+    has to be looked at.
+    """
+    row = row_slots(setup, replay, pool_row, setup.table_width)[::page]
+    if values == tuple([slot // page for slot in row[: len(values)]]):
+        return None
+    allowed = {slot // page for slot in row_slots(setup, replay, pool_row, setup.pool_width)}
+    return next((column for column, value in enumerate(values) if value not in allowed), None)

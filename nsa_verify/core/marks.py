@@ -7,6 +7,7 @@ one after the other; ``beat`` is the last, and changes with every note.
 from __future__ import annotations
 
 import struct
+import time
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -52,14 +53,29 @@ class Marks:
         self._job = self._pair = -1
         self._last = (Phase.IDLE, -1)
         self._beat = 0
+        self._noted_s = time.perf_counter()
+        self._slowest: dict[tuple[int, int], float] = {}
 
     def take(self, job: int, pair: int) -> None:
         """What follows is about this job and pair of the batch."""
+        self._time()
         self._job, self._pair = job, pair
         self._last = (Phase.IDLE, -1)
 
+    def slowest_s(self, job: int, pair: int) -> float:
+        """The longest time between two notes about ``pair`` of ``job``, compilations left out; forgotten when told."""
+        return self._slowest.pop((job, pair), 0.0)
+
+    def _time(self) -> None:
+        now = time.perf_counter()
+        key, took = (self._job, self._pair), now - self._noted_s
+        if took > self._slowest.get(key, 0.0):
+            self._slowest[key] = took
+        self._noted_s = now
+
     def note(self, phase: Phase, replay: int | None = None) -> None:
         """Say what comes next; without ``replay`` it is still about the last one."""
+        self._time()
         self._beat += 1
         if replay is None:
             replay = self._last[1]
@@ -68,6 +84,10 @@ class Marks:
 
     def compiling(self, now: bool) -> None:
         """A compilation begins inside what is in flight, or ends."""
+        if now:
+            self._time()
+        else:
+            self._noted_s = time.perf_counter()
         self._beat += 1
         phase, replay = self._last
         shown = Phase.COMPILING if now else phase
@@ -82,6 +102,7 @@ class Marks:
         """Forget everything, as for a new worker."""
         self._memory[:SIZE] = bytes(SIZE)
         self._job, self._pair, self._last = -1, -1, (Phase.IDLE, -1)
+        self._slowest.clear()
 
     def ask_to_stop(self, stop: bool = True) -> None:
         """Have the worker end after the job that it is at; False takes it back."""

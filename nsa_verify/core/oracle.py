@@ -6,12 +6,14 @@ a time, in the words of the contract, and never from the content of an earlier r
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from itertools import accumulate
 from typing import NamedTuple
 
 from nsa_verify.core.buffers import has_own_ctx_lens
-from nsa_verify.core.case import Case, CtxLens, Mode, Setup, row_slots
+from nsa_verify.core.case import Case, CtxLens, Mode, Replay, Setup, row_pages, row_slots
 from nsa_verify.core.implementation import Extent
 
 SCHEDULE_TOKENS = 256
@@ -104,7 +106,7 @@ def expect(case: Case, replay: int, extent: Extent = Extent.LIVE, block: int = 1
         buffers["nsa_seqlens_expanded"] = (_line(expanded),)
         buffers["nsa_cache_seqlens"] = (_line(clamped),)
         buffers["nsa_cu_seqlens_k"] = (_line(_prefix_sum(clamped)),)
-        buffers |= _tables(case, replay, owner, kv_lens, extent, block)
+        buffers |= _tables(setup, case.replays[replay], given, owner, kv_lens, extent, block)
         buffers |= _optional(setup, given, expanded, kv_lens)
     return Expectation(given.mode, given.bucket, defined, buffers)
 
@@ -114,10 +116,7 @@ def _line(values: Sequence[int]) -> Row:
 
 
 def _prefix_sum(values: Sequence[int]) -> list[int]:
-    sums = [0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    return sums
+    return list(accumulate(values, initial=0))
 
 
 def _expanded(given: Batch) -> tuple[list[int], list[int]]:
@@ -136,30 +135,39 @@ def _expanded(given: Batch) -> tuple[list[int], list[int]]:
 
 
 def _tables(
-    case: Case, replay: int, owner: Sequence[int], kv_lens: Sequence[int], extent: Extent, block: int
+    setup: Setup,
+    it: Replay,
+    given: Batch,
+    owner: Sequence[int],
+    kv_lens: Sequence[int],
+    extent: Extent,
+    block: int,
 ) -> dict[str, tuple[Row, ...]]:
-    setup, given, page = case.setup, batch(case, replay), case.setup.page_size
-    longest = max(kv_lens)
-    tokens, pages = [], []
-    for request, kv_len in enumerate(kv_lens):
-        slots = row_slots(setup, case.replays[replay], given.pool_rows[request], setup.table_width)
-        tokens.append(_table_row(slots, kv_len, longest, extent, block))
-        paged = tuple(slots[column] // page for column in range(0, setup.table_width, page))
-        pages.append(_table_row(paged, -(-kv_len // page), -(-longest // page), extent, block))
+    page, width, longest = setup.page_size, setup.table_width, max(kv_lens)
+    requests = list(zip(given.pool_rows, kv_lens, strict=True))
+    tokens, pages = {}, {}
+    for request in set(requests):
+        pool_row, kv_len = request
+        tokens[request] = _table_row(row_slots(setup, it, pool_row, width), kv_len, longest, extent, block)
+        paged = row_pages(setup, it, pool_row, width)
+        pages[request] = _table_row(paged, -(-kv_len // page), -(-longest // page), extent, block)
     return {
-        "page_table_1": tuple(tokens[request] for request in owner),
-        "real_page_table": tuple(pages[request] for request in owner),
+        "page_table_1": tuple([tokens[requests[index]] for index in owner]),
+        "real_page_table": tuple([pages[requests[index]] for index in owner]),
     }
 
 
 def _table_row(values: tuple[int, ...], live: int, longest: int, extent: Extent, block: int) -> Row:
     width = len(values)
-    reach = {
-        Extent.LIVE: live,
-        Extent.ROW: -(-live // block) * block,
-        Extent.MAX: longest,
-        Extent.FULL: width,
-    }[extent]
+    match extent:
+        case Extent.LIVE:
+            reach = live
+        case Extent.ROW:
+            reach = -(-live // block) * block
+        case Extent.MAX:
+            reach = longest
+        case Extent.FULL:
+            reach = width
     reach = min(reach, width)
     return Row(values[:reach], min(live, width), reach)
 
@@ -186,8 +194,8 @@ def schedule(ctx_lens: Sequence[int], num_sms: int) -> list[tuple[int, int]]:
     entries = []
     for sm in range(num_sms + 1):
         start = sm * (total // num_sms) + min(sm, total % num_sms)
-        row = next((index for index, end in enumerate(ends) if end > start), None)
-        if row is None:
+        row = bisect_right(ends, start)
+        if row == len(ends):
             entries.append((len(ctx_lens), 0))
         else:
             entries.append((row, start - (ends[row - 1] if row else 0)))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.findings import Code
@@ -14,6 +14,9 @@ from nsa_verify.core.marks import Phase, note
 from nsa_verify.device.rig import Rig
 from nsa_verify.device.stops import CaptureRefused, GraphKey, ImplementationRaised
 from nsa_verify.device.temporaries import WatchedCalls
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Note(NamedTuple):
@@ -24,19 +27,32 @@ class Note(NamedTuple):
     sentence: str
 
 
-class Session(Protocol):
-    """One implementation over one rig, for the graph keys it was opened with.
+class KeptGraph(Protocol):
+    """The captured graph of one key; the rig that it was captured over keeps it for later cases, and closes it."""
 
-    ``implementation`` is the one that is driven; ``fallbacks`` are those that it reported while it was captured.
-    """
+    fallbacks: tuple[str, ...]
+    """What the implementation reported while it was captured."""
+    holds: object
+    """What the implementation kept by then; alive for as long as the graph."""
+
+    @property
+    def uses_others(self) -> bool:
+        """Whether it uses memory that is neither the rig's nor its own."""
+
+    def close(self) -> None:
+        """Give back what it holds. Must be called; may be called once."""
+
+
+class Session(Protocol):
+    """One implementation over one rig, for one case. ``implementation`` is the one that is driven; ``fallbacks`` are
+    those that it reported while it was captured."""
 
     implementation: Implementation
     fallbacks: tuple[str, ...]
-    holds: object
-    """What the implementation kept when the session was opened; alive for as long as its graphs."""
 
-    def begin(self) -> None:
-        """The replays of a case follow: disturb what a careless implementation could depend on."""
+    def begin(self, disturb: bool = True) -> None:
+        """The replays of a case follow. With ``disturb`` everything is disturbed that a careless implementation could
+        depend on, and not only what costs little."""
 
     def replay(self, mode: Mode, bucket: int) -> None:
         """Refresh the metadata of ``(mode, bucket)`` from the inputs that are in place.
@@ -45,11 +61,13 @@ class Session(Protocol):
         replayed.
         """
 
-    def end(self) -> list[Note]:
-        """The replays are over; what was seen besides the content of the buffers."""
+    def trespassed(self) -> Tensor | None:
+        """The replays are over: a 0-d bool tensor on the device that is true if ``end`` has to say what only the device
+        knows; None where there is no such thing."""
 
-    def close(self) -> None:
-        """Give back what the session holds. Must be called; may be called once."""
+    def end(self) -> list[Note]:
+        """The replays are over; what was seen besides the content of the buffers. May wait for the device where
+        ``trespassed`` is not None."""
 
 
 class Executor(Protocol):
@@ -63,15 +81,21 @@ class Executor(Protocol):
     def device(self) -> str | None:
         """``cpu`` or ``cuda``, or None for any."""
 
+    @property
+    def captures(self) -> bool:
+        """Whether it replays captured graphs."""
+
     def not_applicable(self, implementation: Implementation, setup: Setup, mode: Mode) -> str | None:
         """Why ``implementation`` is not driven this way in ``mode`` under ``setup``, or None if it is."""
 
-    def open(self, rig: Rig, implementation: Implementation, keys: Sequence[GraphKey]) -> Session:
-        """Start a session that can serve ``keys``; a graph executor captures them, in this order.
+    def capture(self, rig: Rig, implementation: Implementation, key: GraphKey) -> KeptGraph:
+        """Warm up, and capture the graph of ``key``; only where ``captures``.
 
-        The order is that of the replays backwards, so that a graph which needs another to be replayed first goes wrong.
         Leaves junk in the rig's memory. Raises ``ImplementationRaised`` and ``CaptureRefused``.
         """
+
+    def open(self, rig: Rig, implementation: Implementation, graphs: Mapping[GraphKey, KeptGraph]) -> Session:
+        """Start a session over ``graphs``, which this executor has captured over ``rig``; nothing is run."""
 
 
 WARM_UPS: Final = 2
@@ -86,15 +110,18 @@ def capturable(implementation: Implementation, setup: Setup, mode: Mode) -> str 
     return reason
 
 
-def call(rig: Rig, implementation: Implementation, key: GraphKey, watched: WatchedCalls) -> None:
-    """Call ``refresh`` once on the inputs and buffers of ``key``.
+def call(rig: Rig, implementation: Implementation, key: GraphKey, watched: WatchedCalls | None) -> None:
+    """Call ``refresh`` once on the inputs and buffers of ``key``; where nobody watches it, within ``unseeded``.
 
     Raises ``ImplementationRaised`` for what it raises, but lets ``CaptureRefused`` through.
     """
     inputs, steps = rig.inputs(*key), rig.steps(*key, implementation.writes(rig.setup))
     try:
-        with watched, unseeded():
+        if watched is None:
             implementation.refresh(inputs, steps, rig.setup)
+        else:
+            with watched, unseeded():
+                implementation.refresh(inputs, steps, rig.setup)
     except CaptureRefused:
         raise
     except (Exception, SystemExit) as error:

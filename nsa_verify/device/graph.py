@@ -6,9 +6,10 @@ import gc
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final, NamedTuple
+from functools import lru_cache
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.findings import Code
-from nsa_verify.core.implementation import Implementation, take_fallbacks
+from nsa_verify.core.implementation import Implementation
 from nsa_verify.device.blame import line_now, line_of
-from nsa_verify.device.driving import WARM_UPS, Note, call, capturable, while_capturing
+from nsa_verify.device.driving import WARM_UPS, KeptGraph, Note, call, capturable
 from nsa_verify.device.launches import Launch, intercepted
 from nsa_verify.device.memory import Memory, tensors_in
 from nsa_verify.device.rig import Rig
@@ -77,7 +78,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         used = [*tensors_in(args), *tensors_in(kwargs)]
-        self._note(str(func), used)
+        self._note(func, used)
         if is_divisible(func):
             with self:
                 return divided(func, args, kwargs or {}, torch._C.DispatchKey.CUDA)
@@ -95,11 +96,11 @@ class Watch(TorchDispatchMode):
             self._note(f"the kernel {it.name}", [*tensors_in(it.args), *tensors_in(it.kwargs)])
             return it.run(it.kernel, *it.args, **it.kwargs)
 
-    def _note(self, what: str, used: Sequence[Tensor]) -> None:
-        line = line_now(self._source)
+    def _note(self, what: object, used: Sequence[Tensor]) -> None:
         if self.elsewhere is None and torch.cuda.current_stream() != self._stream:
+            line = line_now(self._source)
             self.elsewhere = f"{what} works on another stream than the capturing one ({line})"
-        self._memory.use([tensor for tensor in used if tensor.is_cuda], line)
+        self._memory.use([tensor for tensor in used if tensor.is_cuda], lambda: line_now(self._source))
 
 
 class Captured:
@@ -107,22 +108,38 @@ class Captured:
 
     def __init__(self, graph: CapturedGraph, memory: Memory, own: dict[int, int]) -> None:
         self.graph, self.memory = graph, memory
-        self._own = list(_stretches(own))
+        self.fallbacks: tuple[str, ...] = ()
+        self.holds: object = None
+        self._own = [_words(*it) for it in _stretches(own)]
+
+    @property
+    def uses_others(self) -> bool:
+        """Whether it uses memory that is neither the rig's nor its own."""
+        return bool(self.memory.others)
 
     def scribble(self) -> None:
         """Poison the memory that the graph allocated for itself: before its replay it holds nothing."""
-        device = torch.device("cuda", torch.cuda.current_device())
-        for address, size in self._own:
-            storage = torch._C._construct_storage_from_data_pointer(address, device, size)
-            torch.empty(0, dtype=torch.int32, device=device).set_(storage, 0, (size // 4,), (1,)).fill_(
-                TEMPORARY_POISON
-            )
+        for words in self._own:
+            words.fill_(TEMPORARY_POISON)
 
     def replay(self) -> None:
         """Launch the graph. Raises ``CaptureRefused`` if memory it uses was freed."""
         self.memory.refuse_freed()
         assert self.graph.raw is not None
         self.graph.raw.replay()
+
+    def close(self) -> None:
+        """Destroy the graph."""
+        self._own.clear()
+        self.graph.close()
+        self.holds = None
+
+
+def _words(address: int, size: int) -> Tensor:
+    """The ``size`` bytes at ``address`` as int32, without owning them."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    storage = torch._C._construct_storage_from_data_pointer(address, device, size)
+    return torch.empty(0, dtype=torch.int32, device=device).set_(storage, 0, (size // 4,), (1,))
 
 
 def _stretches(own: dict[int, int]) -> Iterator[tuple[int, int]]:
@@ -235,64 +252,34 @@ def new_stream() -> torch.cuda.Stream:
     return stream
 
 
+@lru_cache(maxsize=1)
+def capture_stream() -> torch.cuda.Stream:
+    """The stream that everything is captured on; memory that is freed on it comes back on it."""
+    return new_stream()
+
+
 class GraphSession:
     """One captured graph per key."""
 
-    def __init__(self, implementation: Implementation) -> None:
+    def __init__(self, implementation: Implementation, graphs: Mapping[GraphKey, Captured]) -> None:
         self.implementation = implementation
-        self.fallbacks: tuple[str, ...] = ()
-        self.holds: object = None
-        self._graphs: dict[GraphKey, Captured] = {}
-        self._escaped: list[tuple[GraphKey, Tensor]] = []
-        self._stream = new_stream()
+        self.fallbacks = tuple(it for graph in graphs.values() for it in graph.fallbacks)
+        self._graphs = graphs
         self._blocks: list[Tensor] = []
         self._calls = 0
 
-    def capture(self, rig: Rig, implementation: Implementation, key: GraphKey) -> None:
-        """Warm up, and capture the graph of ``key`` on a stream of its own."""
-        source = implementation.file
-        for _ in range(WARM_UPS):
-            rig.load_capture(*key)
-            self._stream.wait_stream(torch.cuda.current_stream())
-            try:
-                with torch.cuda.stream(self._stream):
-                    call(rig, implementation, key, WatchedCalls(source))
-            finally:
-                # Whatever comes next writes the inputs that a warm-up may still read.
-                torch.cuda.current_stream().wait_stream(self._stream)
-        rig.load_capture(*key)
-        before = rig.arena.clone()
-        memory, watched = Memory(static=[rig.arena, rig.pool.table], on_cuda=True), WatchedCalls(source)
-        region = Region(lambda: call(rig, implementation, key, watched), memory, source, watched.errors)
-        # Behind the arena's copy: work that escapes the capture must not overtake it.
-        torch.cuda.current_stream().synchronize()
-        self._graphs[key] = record(region, self._stream)
-        torch.cuda.synchronize()
-        self._escaped.append((key, (rig.arena != before).any()))
-        moved = rig.moved(*key, implementation.writes(rig.setup))
-        if moved is not None:
-            raise CaptureRefused(Code.MOVED, moved)
-
-    def check_escaped(self) -> None:
-        """Raise ``CaptureRefused`` if output was written while a graph was captured: that work is not in the graph."""
-        for key, escaped in self._escaped:
-            if bool(escaped):
-                sentence = "output was written while the graph was captured, outside of it"
-                raise CaptureRefused(Code.OTHER_STREAM, sentence, key)
-        self._escaped.clear()
-
-    @property
-    def uses_others(self) -> bool:
-        """Whether a graph uses memory that it does not own."""
-        return any(captured.memory.others for captured in self._graphs.values())
-
-    def begin(self) -> None:
-        """Poison what the graphs allocated, and take and scribble on memory that was freed since their warm-up."""
+    def begin(self, disturb: bool = True) -> None:
+        """Poison what the graphs allocated; with ``disturb`` take memory that was freed since their warm-up, and
+        scribble on it."""
         for captured in self._graphs.values():
             captured.scribble()
         self._calls = 0
-        # The allocator hands memory out again on the stream on which it was taken.
-        with torch.cuda.stream(self._stream):
+        if not disturb:
+            return
+        # The allocator hands memory out again on the stream on which it was taken. What it hands out may still be read
+        # on this one: the blocks of the session before.
+        capture_stream().wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(capture_stream()):
             self._blocks = [
                 torch.empty(size // 4, dtype=torch.int32, device="cuda")
                 for size in BLOCK_SIZES
@@ -300,29 +287,26 @@ class GraphSession:
             ]
             torch._foreach_zero_(self._blocks)
             torch._foreach_add_(self._blocks, SCRIBBLE)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream().wait_stream(capture_stream())
 
     def replay(self, mode: Mode, bucket: int) -> None:
         """Launch the graph of ``(mode, bucket)``."""
         self._calls += 1
         self._graphs[mode, bucket].replay()
 
-    def end(self) -> list[Note]:
+    def trespassed(self) -> Tensor | None:
         """Whether a graph wrote to memory that was handed out after its capture."""
+        return (torch.cat(self._blocks) != SCRIBBLE).any() if self._blocks else None
+
+    def end(self) -> list[Note]:
+        """Whether a graph wrote to memory that was handed out after its capture, and of which size that was."""
+        trespassed = self.trespassed()
         blocks, self._blocks = self._blocks, []
-        if bool((torch.cat(blocks) == SCRIBBLE).all()):
+        if trespassed is None or not bool(trespassed):
             return []
         size = next(4 * block.numel() for block in blocks if not bool((block == SCRIBBLE).all()))
         sentence = f"a graph wrote to memory that was freed after its capture and handed out again ({size} bytes)"
         return [Note(Code.MOVED, self._calls - 1, sentence)]
-
-    def close(self) -> None:
-        """Destroy the graphs."""
-        self._blocks = []
-        for captured in self._graphs.values():
-            captured.graph.close()
-        self._graphs.clear()
-        self.holds = None
 
 
 class Graph:
@@ -330,26 +314,47 @@ class Graph:
 
     name = "graph"
     device = "cuda"
+    captures = True
 
     def not_applicable(self, implementation: Implementation, setup: Setup, mode: Mode) -> str | None:
         """What the implementation does not declare, capturability included."""
         return capturable(implementation, setup, mode)
 
-    def open(self, rig: Rig, implementation: Implementation, keys: Sequence[GraphKey]) -> GraphSession:
-        """Warm up and capture every key."""
-        session = GraphSession(implementation)
-        try:
-            for key in keys:
-                with while_capturing(key):
-                    session.capture(rig, implementation, key)
-            session.check_escaped()
-            session.fallbacks = take_fallbacks()
-            if session.uses_others:
-                gc.collect(1)  # what a cycle keeps alive by chance is not kept
-        except BaseException:
-            session.close()
-            raise
-        return session
+    def capture(self, rig: Rig, implementation: Implementation, key: GraphKey) -> Captured:
+        """Warm up, and capture the graph of ``key`` on a stream of its own."""
+        source, stream = implementation.file, capture_stream()
+        for _ in range(WARM_UPS):
+            rig.load_capture(*key)
+            stream.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(stream):
+                    call(rig, implementation, key, WatchedCalls(source))
+            finally:
+                # Whatever comes next writes the inputs that a warm-up may still read.
+                torch.cuda.current_stream().wait_stream(stream)
+        rig.load_capture(*key)
+        before = rig.arena.clone()
+        memory, watched = Memory(static=[rig.arena, rig.pool.table], on_cuda=True), WatchedCalls(source)
+        region = Region(lambda: call(rig, implementation, key, watched), memory, source, watched.errors)
+        # Behind the arena's copy: work that escapes the capture must not overtake it.
+        torch.cuda.current_stream().synchronize()
+        captured = record(region, stream)
+        torch.cuda.synchronize()
+        refusal = None
+        if bool((rig.arena != before).any()):
+            sentence = "output was written while the graph was captured, outside of it"
+            refusal = CaptureRefused(Code.OTHER_STREAM, sentence)
+        moved = rig.moved(*key, implementation.writes(rig.setup))
+        if moved is not None:
+            refusal = CaptureRefused(Code.MOVED, moved)
+        if refusal is not None:
+            captured.close()
+            raise refusal
+        return captured
+
+    def open(self, rig: Rig, implementation: Implementation, graphs: Mapping[GraphKey, KeptGraph]) -> GraphSession:  # noqa: ARG002
+        """Start a session; nothing is run."""
+        return GraphSession(implementation, cast("Mapping[GraphKey, Captured]", graphs))
 
 
 _STREAMS: Final = ("another stream", "legacy stream", "unjoined", "uncaptured work", "separate capture")

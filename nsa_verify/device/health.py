@@ -15,6 +15,6 @@ def refuse_dead(device: str, error: BaseException) -> None:
         return
     try:
         torch.cuda.synchronize()
-    except Exception as fatal:
+    except Exception as fatal:  # noqa: BLE001 - a dead context fails in many ways
         lines = str(fatal).splitlines() or [type(fatal).__name__]
         raise DeviceDied(lines[0]) from error

@@ -6,13 +6,15 @@ An image is two flat arrays per replay: the formula's value and the region class
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from nsa_verify.core.buffers import FROZEN
 from nsa_verify.core.case import Case, Mode, Setup, longest
 from nsa_verify.core.implementation import Extent, Implementation
-from nsa_verify.core.oracle import Expectation, batch, expect
+from nsa_verify.core.oracle import Row, batch, expect
 from nsa_verify.device.layout import ArenaLayout, InputPlace, Place, arena_layout, poison
 
 if TYPE_CHECKING:
@@ -22,19 +24,23 @@ FRAME: Final = 0
 LIVE: Final = 1
 SLACK: Final = 2
 
-POISON_CHUNK: Final = 1 << 14
+
+_known_poison = array("i")
 
 
-@lru_cache(maxsize=8)
 def _poison_up_to(length: int) -> array[int]:
-    return array("i", map(poison, range(length)))
+    """The poison of the first ``length`` elements of an arena, a copy; of whose beginning all arenas have the same."""
+    known = len(_known_poison)
+    if known < length:
+        _known_poison.extend(map(poison, range(known, max(length, 2 * known))))
+    return _known_poison[:length]
 
 
 @lru_cache(maxsize=8)
 def initial_image(setup: Setup) -> array[int]:
     """The arena before the first replay: poison everywhere, and the frozen aranges."""
     layout = arena_layout(setup)
-    image = _poison_up_to(-(-layout.size // POISON_CHUNK) * POISON_CHUNK)[: layout.size]
+    image = _poison_up_to(layout.size)
     for (_, _, _, name), place in layout.places.items():
         if name in FROZEN:
             image[place.offset : place.offset + place.columns] = array("i", range(place.columns))
@@ -55,33 +61,39 @@ class ImageKey(tuple[Extent, int, frozenset[str]]):
 
 def paint(case: Case, key: ImageKey) -> tuple[array[int], bytearray]:
     """``(values, classes)`` of all replays of ``case``, one arena after the other."""
-    layout = arena_layout(case.setup)
+    layout, replays = arena_layout(case.setup), len(case.replays)
     extent, block, writes = key
-    base = initial_image(case.setup)
-    values, classes = array("i"), bytearray()
-    for replay in range(len(case.replays)):
-        image, regions = array("i", base), bytearray(layout.size)
-        _paint_inputs(layout, case, replay, image, regions)
+    values, classes = initial_image(case.setup) * replays, _input_regions(layout) * replays
+    for replay in range(replays):
+        start = replay * layout.size
+        _paint_inputs(layout, case, replay, values, start)
         expected = expect(case, replay, extent, max(1, block))
-        for step in range(case.setup.num_steps):
-            _paint_step(layout, step, expected, writes, image, regions)
-        values.extend(image)
-        classes.extend(regions)
+        for name, rows in expected.buffers.items():
+            if name.startswith("paged_mqa_") and name not in writes:
+                continue
+            places = [layout.places[step, expected.mode, expected.bucket, name] for step in range(case.setup.num_steps)]
+            _paint_rows(rows, places, values, classes, start)
     return values, classes
 
 
-def _paint_step(
-    layout: ArenaLayout, step: int, expected: Expectation, writes: frozenset[str], image: array[int], regions: bytearray
+def _paint_rows(
+    rows: Sequence[Row], places: Sequence[Place], values: array[int], classes: bytearray, start: int
 ) -> None:
-    for name, rows in expected.buffers.items():
-        if name.startswith("paged_mqa_") and name not in writes:
-            continue
-        place = layout.places[step, expected.mode, expected.bucket, name]
-        start = place.offset
+    """Paint the defined rows of a buffer at each of ``places``, in the image that begins at ``start``."""
+    if len(rows) > 1 and all(row.live == place.stride for place in places for row in rows):
+        # Nothing lies between the rows: they are one.
+        everything = tuple(chain.from_iterable(row.values for row in rows))
+        rows = (Row(everything, len(everything), len(everything)),)
+    # Rows of one request are one object, so the work for each is done once.
+    words = {id(row): array("i", row.values) for row in rows}
+    regions = {id(row): _RUNS[LIVE][row.live] + _RUNS[SLACK][row.extent - row.live] for row in rows}
+    for place in places:
+        at = start + place.offset
         for row in rows:
-            image[start : start + row.extent] = array("i", row.values)
-            regions[start : start + row.extent] = _RUNS[LIVE][row.live] + _RUNS[SLACK][row.extent - row.live]
-            start += place.stride
+            end = at + row.extent
+            values[at:end] = words[id(row)]
+            classes[at:end] = regions[id(row)]
+            at += place.stride
 
 
 class _Runs(dict[int, bytes]):
@@ -111,31 +123,40 @@ def tail_length(setup: Setup, mode: Mode) -> int:
     return longest(setup, mode)
 
 
-def _paint_inputs(layout: ArenaLayout, case: Case, replay: int, image: array[int], regions: bytearray) -> None:
+def _input_regions(layout: ArenaLayout) -> bytearray:
     """Inputs must come back as they were, so all of the input zones is live, the gaps between elements included."""
+    regions = bytearray(layout.size)
+    for zone in reversed(layout.zones):
+        if zone.end <= layout.inputs_start:
+            break
+        if zone.kind == "input":
+            regions[zone.start : zone.end] = _RUNS[LIVE][zone.end - zone.start]
+    return regions
+
+
+def _paint_inputs(layout: ArenaLayout, case: Case, replay: int, image: array[int], start: int) -> None:
+    """What the inputs hold, in the image that begins at ``start``."""
     given = batch(case, replay)
     tail = case.setup.input_tail
     seq_lens = [*given.seq_lens, *[tail_length(case.setup, given.mode)] * tail]
     pool_rows = [*given.pool_rows, *[case.setup.pool_rows - 1] * tail]
-    _scatter(image, layout.inputs["seq_lens"], seq_lens)
-    _scatter(image, layout.inputs["req_pool_indices"], pool_rows)
+    _scatter(image, start, layout.inputs["seq_lens"], seq_lens)
+    _scatter(image, start, layout.inputs["req_pool_indices"], pool_rows)
     if given.mode in (Mode.DRAFT_EXTEND, Mode.DRAFT_EXTEND_V2):
-        _scatter(image, layout.inputs["accept_lens"], [*given.accept_lens, *[case.setup.num_draft_tokens] * tail])
-    for zone in layout.zones:
-        if zone.kind == "input":
-            regions[zone.start : zone.end] = _RUNS[LIVE][zone.end - zone.start]
+        accepted = [*given.accept_lens, *[case.setup.num_draft_tokens] * tail]
+        _scatter(image, start, layout.inputs["accept_lens"], accepted)
     alias = aliased_place(layout, given.mode, given.bucket)
     if alias is not None:
-        image[alias.offset : alias.offset + alias.columns] = array("i", given.seq_lens)
+        at = start + alias.offset
+        image[at : at + alias.columns] = array("i", given.seq_lens)
 
 
-def _scatter(image: array[int], place: InputPlace, numbers: list[int]) -> None:
-    step = place.words * place.stride
-    for index, number in enumerate(numbers):
-        at = place.offset + index * step
-        image[at] = number
-        if place.words == 2:
-            image[at + 1] = 0
+def _scatter(image: array[int], start: int, place: InputPlace, numbers: list[int]) -> None:
+    at, step = start + place.offset, place.words * place.stride
+    end = at + len(numbers) * step
+    image[at:end:step] = array("i", numbers)
+    if place.words == 2:
+        image[at + 1 : end : step] = array("i", bytes(4 * len(numbers)))
 
 
 def aliased_place(layout: ArenaLayout, mode: Mode, bucket: int) -> Place | None:

@@ -7,10 +7,11 @@ images in one comparison and one synchronisation. Only a case that disagrees is 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from msgspec.structs import replace
@@ -24,17 +25,23 @@ from nsa_verify.core.marks import Phase, note
 from nsa_verify.core.oracle import expect
 from nsa_verify.core.registry import find
 from nsa_verify.device.blame import line_of
+from nsa_verify.device.comparing import Image, Load, loads, upload
 from nsa_verify.device.diagnosis import Snapshot, diagnose
 from nsa_verify.device.driving import Executor, Note, Session
-from nsa_verify.device.eager import EagerSession
+from nsa_verify.device.eager import DELAY_CYCLES, EagerSession
 from nsa_verify.device.executors import EAGER, executors_for
 from nsa_verify.device.health import refuse_dead
-from nsa_verify.device.images import ImageKey, is_allowed, paint
+from nsa_verify.device.images import ImageKey, is_allowed
+from nsa_verify.device.kept import KeptGraphs
+from nsa_verify.device.launches import announce_compilations
 from nsa_verify.device.pool import Difference
 from nsa_verify.device.rig import Rig, rig_for
 from nsa_verify.device.select import DeviceError, resolve
 from nsa_verify.device.state import state_of
 from nsa_verify.device.stops import CaptureRefused, GraphKey, ImplementationRaised, Stop
+
+_LASTING: Final = frozenset({Code.RECOMPILES, Code.SILENT_FALLBACK})
+"""What an implementation may do once and not again: it remembers."""
 
 RERUNS = 2
 """How often a case that disagrees is run again to see whether it does so every time."""
@@ -54,6 +61,14 @@ def verify(
     return Judge(case, chosen).judge(implementation, driver)
 
 
+class Doubt(NamedTuple):
+    """What a screening saw of replay number ``replay``."""
+
+    code: Code
+    replay: int
+    sentence: str
+
+
 @dataclass(slots=True)
 class _Run:
     """What running the replays left. ``wanted`` are the replays to run, ``served`` those that were, in order; after the
@@ -69,7 +84,7 @@ class _Run:
     notes: list[Note] = field(default_factory=list)
     compared: tuple[int | None, object] | None = None
     kept: bool = False
-    """Whether its session was opened for an earlier case."""
+    """Whether one of its graphs was captured for an earlier case."""
     fallbacks: tuple[str, ...] = ()
     compile_keys: frozenset[str] = frozenset()
 
@@ -80,8 +95,8 @@ class _Run:
         An implementation may remember that something failed, and not try again; that is no lack of determinism.
         """
         said = (type(self.stop), len(self.served)) if self.stop is not None else ()
-        lasting = (note for note in self.notes if note.code not in (Code.RECOMPILES, Code.SILENT_FALLBACK))
-        return said, tuple((note.code, note.call) for note in lasting)
+        passing = (it for it in self.notes if it.code not in _LASTING)
+        return said, tuple((it.code, it.call) for it in passing)
 
 
 class Judge:
@@ -92,50 +107,95 @@ class Judge:
         self.case = case
         self._device, self._careful = device, careful and device == "cuda"
         self._delay = False
-        self._images: dict[ImageKey, tuple[Tensor, Tensor]] = {}
+        self._images: dict[ImageKey, Image] = {}
+        if device == "cuda":
+            announce_compilations()
         try:
             self.rig = rig_for(case.setup, device)
-            self._own_fault = self._check_oracle()
+            self.own_fault = self._check_oracle()
         except Exception as error:  # noqa: BLE001 - every verdict on the case is unknown and says why
             refuse_dead(device, error)
-            self._own_fault = _fault(error)
+            self.own_fault = fault_of(error)
 
     def judge(
-        self, implementation: Implementation, executor: Executor, repeat: bool = True, delay: bool = True
+        self,
+        implementation: Implementation,
+        executor: Executor,
+        repeat: bool = True,
+        delay: bool = True,
+        afresh: bool = True,
+        doubts: Sequence[Doubt] = (),
     ) -> Verdict:
         """The verdict. A fault of the checker itself is ``unknown``, never ``agree``.
 
         With ``repeat`` the last replay is served twice, and must leave the same again. With ``delay`` the eager calls
-        of a case run behind a long kernel, on CUDA.
+        of a case run behind a long kernel, on CUDA. With ``afresh`` the graphs were captured together, for the keys of
+        this case and in its order; without, graphs that other cases captured may serve.
+        ``doubts`` were seen when the pair was screened, with graphs that were captured for it: they are no less true if
+        they are not seen again.
         """
+        said, served = self.applicable(implementation, executor)
+        if not served:
+            return said
+        self._delay = delay and len(served) > 1
+        try:
+            run = self._run(implementation, executor, served, repeat, afresh)
+            if run.kept and not doubts and not self._is_clean(implementation, run):
+                # What an implementation did for other cases since its graphs were captured is no fault of this one.
+                self.rig.keeping(KeptGraphs).forget(implementation)
+                run = self._run(implementation, executor, served, repeat)
+            findings = self._findings(implementation, executor, run, repeat)
+            if doubts and not findings:
+                findings = self._confirmed(implementation, executor, served, repeat, doubts)
+        except Exception as error:  # noqa: BLE001 - whatever fails here, the verdict is unknown and says why
+            refuse_dead(self._device, error)
+            return replace(said, outcome=Outcome.UNKNOWN, reason=fault_of(error))
+        return replace(
+            said,
+            outcome=Outcome.DISAGREE if findings else Outcome.AGREE,
+            findings=tuple(findings),
+            fallbacks=run.fallbacks,
+            compile_keys=run.compile_keys,
+        )
+
+    def applicable(self, implementation: Implementation, executor: Executor) -> tuple[Verdict, list[int]]:
+        """The replays that are run, and the verdict that they agree; or no replays, and the verdict that stands."""
         setup = self.case.setup
         reasons = [executor.not_applicable(implementation, setup, replay.mode) for replay in self.case.replays]
         served = [index for index, reason in enumerate(reasons) if reason is None]
         said = Verdict(implementation=implementation.name, executor=executor.name, outcome=Outcome.NOT_APPLICABLE)
         if not served:
-            return replace(said, reason=str(reasons[0]))
-        if self._own_fault:
-            return replace(said, outcome=Outcome.UNKNOWN, reason=self._own_fault)
+            return replace(said, reason=str(reasons[0])), []
+        if self.own_fault:
+            return replace(said, outcome=Outcome.UNKNOWN, reason=self.own_fault), []
         modes = tuple(dict.fromkeys(self.case.replays[index].mode for index in served))
-        self._delay = delay and len(served) > 1
-        try:
-            run = self._run(implementation, executor, served, repeat)
-            if run.kept and not self._is_clean(implementation, run):
-                # What an implementation did for other cases since its graphs were captured is no fault of this one.
-                self.rig.close()
-                run = self._run(implementation, executor, served, repeat)
-            findings = self._findings(implementation, executor, run, repeat)
-        except Exception as error:  # noqa: BLE001 - whatever fails here, the verdict is unknown and says why
-            refuse_dead(self._device, error)
-            return replace(said, outcome=Outcome.UNKNOWN, modes=modes, reason=_fault(error))
-        return replace(
-            said,
-            outcome=Outcome.DISAGREE if findings else Outcome.AGREE,
-            modes=modes,
-            findings=tuple(findings),
-            fallbacks=run.fallbacks,
-            compile_keys=run.compile_keys,
+        return replace(said, outcome=Outcome.AGREE, modes=modes), served
+
+    def prepare(self, pairs: Iterable[tuple[Implementation, Executor]]) -> None:
+        """Bring the images for all of ``pairs`` to the device at once. Raises ``DeviceDied``."""
+        keys = dict.fromkeys(
+            ImageKey.of(it, self.case.setup) for it, executor in pairs if self.applicable(it, executor)[1]
         )
+        try:
+            self._images |= (
+                upload(self.rig, self.case, [key for key in keys if key not in self._images]) if keys else {}
+            )
+        except Exception as error:  # noqa: BLE001 - every verdict on the case is unknown and says why
+            refuse_dead(self._device, error)
+            self.own_fault = fault_of(error)
+
+    @cached_property
+    def loads(self) -> list[Load]:
+        """What each replay needs in place."""
+        return loads(self.rig, self.case)
+
+    def key(self, replay: int) -> GraphKey:
+        """The key of replay number ``replay``."""
+        return self.case.replays[replay].mode, self.case.bucket(replay)
+
+    def keys(self, served: Iterable[int]) -> tuple[GraphKey, ...]:
+        """The keys of ``served`` in the order of their captures: the last one first."""
+        return tuple(dict.fromkeys(map(self.key, served)))[::-1]
 
     def _check_oracle(self) -> str:
         for replay in range(len(self.case.replays)):
@@ -163,6 +223,29 @@ class Judge:
                 return [replace(first, code=Code.NOT_DETERMINISTIC, message=message), *findings]
         return findings
 
+    def _confirmed(
+        self,
+        implementation: Implementation,
+        executor: Executor,
+        served: list[int],
+        repeat: bool,
+        doubts: Sequence[Doubt],
+    ) -> list[Finding]:
+        """The findings for what was seen once, and not when the case was run again."""
+        self.rig.close()
+        self.rig.pool.forget_images()
+        found = [
+            replace(self._blank(implementation, executor, it.code, it.replay), message=it.sentence) for it in doubts
+        ]
+        lasting = [finding for finding in found if finding.code in _LASTING]
+        passing = [finding for finding in found if finding.code not in _LASTING]
+        if not passing:
+            return lasting
+        runs = [self._run(implementation, executor, served, repeat) for _ in range(RERUNS)]
+        agreed = 1 + sum(self._is_clean(implementation, run) for run in runs)
+        message = f"run 1, among other cases: {passing[0].message}; run alone it agreed {agreed} of {RERUNS + 1} times"
+        return [replace(passing[0], code=Code.NOT_DETERMINISTIC, message=message), *lasting]
+
     def _is_clean(self, implementation: Implementation, run: _Run) -> bool:
         return run.stop is None and not run.notes and self._compare(implementation, run)[0] is None
 
@@ -177,31 +260,30 @@ class Judge:
         eager = self._run(implementation, EAGER, list(dict.fromkeys(run.wanted)), repeat)
         return eager.stop is None and self._compare(implementation, eager)[0] is None
 
-    def _run(self, implementation: Implementation, executor: Executor, served: list[int], repeat: bool) -> _Run:
+    def _run(
+        self, implementation: Implementation, executor: Executor, served: list[int], repeat: bool, afresh: bool = True
+    ) -> _Run:
         rig, case = self.rig, self.case
-        keys = tuple(dict.fromkeys((case.replays[replay].mode, case.bucket(replay)) for replay in served))[::-1]
+        keys = self.keys(served)
         take_fallbacks()
         note(Phase.CAPTURING, served[0])
         try:
-            opened, kept = rig.session(
-                (executor.name, id(implementation.refresh), implementation.name, keys),
-                lambda: _open(rig, executor, implementation, keys),
-            )
+            opened, kept, _ = open_session(rig, executor, implementation, keys, afresh)
         except (ImplementationRaised, CaptureRefused) as stop:
             refuse_dead(self._device, stop)
             return self._never_ran(stop, served)
-        values, _ = self._image(implementation)
+        values = self.image(implementation).values
         rig.reset()
         run = _Run(wanted=tuple(served), served=[], snapshots=[rig.arena.clone()], kept=kept)
         opened.begin()
         if isinstance(opened, EagerSession):
-            opened.delay = self._delay
+            opened.delay_cycles = DELAY_CYCLES if self._delay else 0
         for number, replay in enumerate([*served, *served[-1:]] if repeat else served):
             if number < len(served):
                 rig.load(case, replay, values[replay])
             note(Phase.CALLING, replay)
             try:
-                opened.replay(case.replays[replay].mode, case.bucket(replay))
+                opened.replay(*self.key(replay))
                 if self._careful:
                     torch.cuda.synchronize()
             except (ImplementationRaised, CaptureRefused) as stop:
@@ -227,7 +309,7 @@ class Judge:
     def _never_ran(self, stop: Stop, served: list[int]) -> _Run:
         """A run that ended while a graph was captured: at the first replay which that graph was to serve."""
         case, rig = self.case, self.rig
-        at = next(it for it in served if (case.replays[it].mode, case.bucket(it)) == stop.while_capturing)
+        at = next(it for it in served if self.key(it) == stop.while_capturing)
         rig.reset()
         run = _Run(wanted=tuple(served), served=[], snapshots=[rig.arena.clone()], stop=stop)
         run.fallbacks = take_fallbacks()
@@ -235,17 +317,12 @@ class Judge:
         self._keep(run, at)
         return run
 
-    def _image(self, implementation: Implementation) -> tuple[Tensor, Tensor]:
+    def image(self, implementation: Implementation) -> Image:
+        """The images of the case for ``implementation``, on the device."""
         key = ImageKey.of(implementation, self.case.setup)
-        found = self._images.get(key)
-        if found is None:
-            values, classes = paint(self.case, key)
-            shape = (len(self.case.replays), self.rig.layout.size)
-            found = self._images[key] = (
-                torch.frombuffer(values, dtype=torch.int32).view(shape).to(self.rig.device),
-                torch.frombuffer(classes, dtype=torch.uint8).view(shape).to(self.rig.device),
-            )
-        return found
+        if key not in self._images:
+            self._images |= upload(self.rig, self.case, (key,))
+        return self._images[key]
 
     def _compare(self, implementation: Implementation, run: _Run) -> tuple[int | None, object]:
         """The first call that left something wrong, and a value that is equal when the same is wrong."""
@@ -254,7 +331,7 @@ class Judge:
         return run.compared
 
     def _compared(self, implementation: Implementation, run: _Run) -> tuple[int | None, object]:
-        values, classes = self._image(implementation)
+        values, classes, _ = self.image(implementation)
         wanted, region = values[run.served], classes[run.served]
         snapshots = torch.stack(run.snapshots)
         before, after = snapshots[:-1], snapshots[1:]
@@ -275,15 +352,14 @@ class Judge:
         findings = [] if failing is None else self._content(implementation, executor, run, failing)
         if failing is None and run.stop is not None:
             findings.append(self._stopped(implementation, executor, run, run.stop))
-        for note in run.notes:
-            replay = run.served[note.call]
-            blank = self._blank(implementation, executor, note.code, replay)
-            findings.append(replace(blank, message=note.sentence))
+        for seen in run.notes:
+            blank = self._blank(implementation, executor, seen.code, run.served[seen.call])
+            findings.append(replace(blank, message=seen.sentence))
         return sorted(findings, key=lambda finding: SEVERITY.index(finding.code))
 
     def _content(self, implementation: Implementation, executor: Executor, run: _Run, failing: int) -> list[Finding]:
         replay = run.served[failing]
-        values, classes = self._image(implementation)
+        values, classes, _ = self.image(implementation)
         snapshot = Snapshot(
             case=self.case,
             replay=replay,
@@ -346,16 +422,23 @@ class Judge:
         return Finding(implementation=implementation.name, executor=executor.name, code=code, replay=replay, mode=mode)
 
 
-def _open(rig: Rig, executor: Executor, implementation: Implementation, keys: Sequence[GraphKey]) -> Session:
-    """A session; graphs are captured as by an engine that has just been started, so that a verdict is a function of the
-    case."""
-    state = state_of(implementation)
-    if executor is EAGER:
-        return executor.open(rig, implementation, keys)
-    state.restore()
-    session = executor.open(rig, implementation, keys)
-    session.holds = state.held()
-    return session
+class Opened(NamedTuple):
+    """A session; whether a graph of it was kept from an earlier case, and whether one is new."""
+
+    session: Session
+    kept: bool
+    new: bool
+
+
+def open_session(
+    rig: Rig, executor: Executor, implementation: Implementation, keys: tuple[GraphKey, ...], afresh: bool = True
+) -> Opened:
+    """A session for ``keys``. Raises ``ImplementationRaised`` and ``CaptureRefused``."""
+    if not executor.captures:
+        state_of(implementation)  # what it keeps before its first call
+        return Opened(executor.open(rig, implementation, {}), kept=False, new=False)
+    graphs, kept, new = rig.keeping(KeptGraphs).serve(executor, implementation, keys, afresh)
+    return Opened(executor.open(rig, implementation, graphs), kept, new)
 
 
 _CONTENT: Final = frozenset(
@@ -367,6 +450,7 @@ _CONTENT: Final = frozenset(
 """What a value frozen in a graph can look like."""
 
 
-def _fault(error: Exception) -> str:
+def fault_of(error: Exception) -> str:
+    """What is said of a verdict that is unknown because of ``error``."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"the check itself failed: {type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"

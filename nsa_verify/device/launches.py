@@ -1,6 +1,7 @@
 """What Triton launches while somebody listens: the kernel, its arguments, and the key under which it is compiled.
 
-Triton is patched only while a listener is there, and only if an implementation has imported it.
+Triton is patched only while a listener is there, and only if an implementation has imported it; but for the note that
+it compiles, which stays.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from inspect import signature
 from typing import Any, Final, NamedTuple
 
 import torch
+
+from nsa_verify.core.marks import MARKS
 
 Proceed = Callable[[], Any]
 
@@ -75,6 +78,28 @@ def _marked(original: Callable[..., Any], tuning: list[bool]) -> Callable[..., A
             tuning.pop()
 
     return bench
+
+
+def announce_compilations() -> None:
+    """Have what Triton compiles noted while it is compiled: whoever waits for this process then waits longer.
+
+    Triton's own hooks are not used: they write a kernel's constants as JSON, and fail where that cannot be.
+    """
+    jit = getattr(sys.modules.get("triton.runtime.jit"), "JITFunction", None)
+    original = getattr(jit, "_do_compile", None)
+    if original is None or getattr(original, "is_announced", False):
+        return
+
+    @wraps(original)
+    def announced(*args: Any, **kwargs: Any) -> Any:
+        MARKS[0].compiling(True)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            MARKS[0].compiling(False)
+
+    announced.is_announced = True  # type: ignore[attr-defined]
+    jit._do_compile = announced  # type: ignore[union-attr]
 
 
 class _Parameter(NamedTuple):

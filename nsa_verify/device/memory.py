@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
@@ -106,12 +106,13 @@ class Memory:
         """Take ``tensor`` for the graph's own."""
         self._own.add(storage_of(tensor))
 
-    def use(self, tensors: Sequence[Tensor], line: str) -> None:
-        """Note that the region uses ``tensors`` at ``line``."""
+    def use(self, tensors: Sequence[Tensor], line: Callable[[], str]) -> None:
+        """Note that the region uses ``tensors`` at ``line()``, which costs something to find out."""
         for tensor in tensors:
             if self.kind(tensor) is Kind.OTHER and tensor.numel():
-                other = Other(storage_of(tensor), tensor.untyped_storage().data_ptr(), line)
-                self.others.setdefault(other.storage, other)
+                storage = storage_of(tensor)
+                if storage not in self.others:
+                    self.others[storage] = Other(storage, tensor.untyped_storage().data_ptr(), line())
 
     def refuse_freed(self) -> None:
         """Raise ``CaptureRefused`` if memory that the graph uses has been given back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from nsa_verify.device.layout import GUARD, POISON_LOW
 
 GAP = POISON_LOW + 77
 """What the gaps between rows and the guards hold."""
+IMAGE_CELLS = 1 << 22
+"""Cells of the images of a pool's contents that are kept."""
 
 
 def slot_table(setup: Setup, replay: Replay, device: str) -> Tensor:
@@ -50,9 +53,11 @@ class Pool:
     def __init__(self, setup: Setup, device: str) -> None:
         self.setup, self.device = setup, device
         length = GUARD + setup.pool_rows * setup.pool_row_stride + GUARD
-        self._memory = torch.full((length,), GAP, dtype=torch.int32, device=device)
-        self._image = self._memory.clone()
-        self.table = self._view(self._memory)
+        self.memory = torch.full((length,), GAP, dtype=torch.int32, device=device)
+        """All of it: the table, the gaps between its rows, and the guards."""
+        self._image = self.memory.clone()
+        self._images: OrderedDict[tuple[SlotKind, int], Tensor] = OrderedDict()
+        self.table = self._view(self.memory)
         self._content: tuple[SlotKind, int] | None = None
 
     def fill(self, replay: Replay) -> None:
@@ -60,32 +65,52 @@ class Pool:
         content = (replay.slots, replay.pool_seed)
         if content != self._content:
             self._view(self._image).copy_(slot_table(self.setup, replay, self.device))
-            self._memory.copy_(self._image)
+            self.memory.copy_(self._image)
             self._content = content
+
+    def image_of(self, replay: Replay) -> Tensor:
+        """What ``memory`` must hold for ``replay``: the same tensor for the same content while it is kept."""
+        content = (replay.slots, replay.pool_seed)
+        found = self._images.pop(content, None)
+        if found is None:
+            found = torch.full_like(self.memory, GAP)
+            self._view(found).copy_(slot_table(self.setup, replay, self.device))
+        self._images[content] = found
+        while len(self._images) > max(1, IMAGE_CELLS // found.numel()):
+            self._images.popitem(last=False)
+        return found
 
     def zero(self) -> None:
         """Make the table hold zeros, as when graphs are captured."""
         self._view(self._image).zero_()
-        self._memory.copy_(self._image)
+        self.memory.copy_(self._image)
         self._content = None
 
     def mutated(self) -> Tensor:
         """A 0-d bool tensor on the device: whether the memory differs from what was filled in."""
-        return (self._memory != self._image).any()
+        return (self.memory != self._image).any()
 
     def restore(self) -> None:
         """Undo what an implementation did to the memory, or to the shape of the view it got."""
-        self._memory.copy_(self._image)
-        self.table = self._view(self._memory)
+        self.memory.copy_(self._image)
+        self.table = self.view()
+
+    def view(self) -> Tensor:
+        """The table, in a tensor of its own."""
+        return self._view(self.memory)
+
+    def forget_images(self) -> None:
+        """Make the images anew when they are asked for next."""
+        self._images.clear()
 
     def difference(self) -> Difference | None:
         """Where the memory differs from what was filled in, if it does; columns may lie in the gaps between rows."""
-        wrong = (self._memory != self._image).nonzero().flatten().tolist()
+        wrong = (self.memory != self._image).nonzero().flatten().tolist()
         if not wrong:
             return None
         at = wrong[0]
         element = divmod(at - GUARD, self.setup.pool_row_stride)
-        return Difference(element, int(self._image[at]), int(self._memory[at]), len(wrong))
+        return Difference(element, int(self._image[at]), int(self.memory[at]), len(wrong))
 
     def _view(self, memory: Tensor) -> Tensor:
         setup = self.setup

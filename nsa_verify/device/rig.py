@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Final, Protocol, TypeVar, cast
 
 import torch
@@ -23,8 +23,9 @@ from nsa_verify.device.layout import TWO_DIMENSIONAL, InputPlace, Place, arena_l
 from nsa_verify.device.pool import Difference, Pool
 
 KEPT_RIGS: Final = 4
-KEPT_SESSIONS: Final = 8
-"""Sessions of one rig that are kept with their graphs: capturing is what costs."""
+
+
+VIEWS: Final = tuple(MetadataBuffers.__dataclass_fields__)
 
 
 class Closable(Protocol):
@@ -34,7 +35,7 @@ class Closable(Protocol):
         """Give back what it holds."""
 
 
-SessionT = TypeVar("SessionT", bound=Closable)
+ClosableT = TypeVar("ClosableT", bound=Closable)
 
 
 class Rig:
@@ -51,31 +52,54 @@ class Rig:
         )
         self._buffers: dict[tuple[int, Mode, int, frozenset[str]], MetadataBuffers] = {}
         self._inputs: dict[tuple[Mode, int], ReplayInputs] = {}
-        self._sessions: OrderedDict[Hashable, Closable] = OrderedDict()
+        self._made: dict[tuple[Mode, int, frozenset[str]], object] = {}
+        self._kept: dict[Callable[[Rig], Closable], Closable] = {}
 
-    def session(self, key: Hashable, make: Callable[[], SessionT]) -> tuple[SessionT, bool]:
-        """The session under ``key``, and whether it was kept from an earlier case; made if there is none.
-
-        What is kept is closed by the rig, oldest first.
-        """
-        kept = self._sessions.pop(key, None)
-        session = make() if kept is None else cast("SessionT", kept)
-        self._sessions[key] = session
-        while len(self._sessions) > KEPT_SESSIONS:
-            self._sessions.popitem(last=False)[1].close()
-        return session, kept is not None
+    def keeping(self, make: Callable[[Rig], ClosableT]) -> ClosableT:
+        """The one ``make(self)`` that this rig keeps, and closes."""
+        found = self._kept.get(make)
+        if found is None:
+            found = self._kept[make] = make(self)
+        return cast("ClosableT", found)
 
     def close(self) -> None:
-        """Close the sessions; the rig may be used again."""
-        while self._sessions:
-            self._sessions.popitem()[1].close()
+        """Close what is kept; the rig may be used again."""
+        while self._kept:
+            self._kept.popitem()[1].close()
 
     def reset(self) -> None:
         """Poison everything again, and make new views: an implementation may have changed the shape of those it got."""
         self.arena.copy_(self.initial)
         self.pool.restore()
+        self.forget_views()
+
+    def forget_views(self) -> None:
+        """Make new views when they are asked for next: an implementation may have changed those it got."""
+        self.pool.table = self.pool.view()
         self._buffers.clear()
         self._inputs.clear()
+        self._made.clear()
+
+    def remember_views(self, mode: Mode, bucket: int, writes: frozenset[str]) -> None:
+        """Call before views of ``(mode, bucket)`` are handed out, to ask ``are_views_intact`` afterwards.
+
+        Where that says no, ``forget_views`` must follow. Views that were handed out without this are made anew.
+        """
+        if not self._made:
+            self.forget_views()
+        if (mode, bucket, writes) not in self._made:
+            self._made[mode, bucket, writes] = self._looks(mode, bucket, writes)
+
+    def are_views_intact(self, mode: Mode, bucket: int, writes: frozenset[str]) -> bool:
+        """Whether the views of ``(mode, bucket)`` lie where they did when they were remembered, in the same shape."""
+        return self._made.get((mode, bucket, writes)) == self._looks(mode, bucket, writes)
+
+    def _looks(self, mode: Mode, bucket: int, writes: frozenset[str]) -> object:
+        inputs = self.inputs(mode, bucket)
+        views = [inputs.seq_lens, inputs.seq_lens_cpu, inputs.req_pool_indices, inputs.req_to_token, inputs.accept_lens]
+        for step in self.steps(mode, bucket, writes):
+            views += [getattr(step, name) for name in VIEWS]
+        return [it if it is None else (it.data_ptr(), it.shape, it.stride(), it.dtype) for it in views]
 
     def load(self, case: Case, replay: int, expected: Tensor) -> None:
         """Put the inputs of replay number ``replay`` in place; ``expected`` is that replay's image on the device."""

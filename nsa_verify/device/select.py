@@ -32,6 +32,31 @@ def resolve(device: str) -> str:
     return chosen
 
 
+def import_for_forks() -> None:
+    """Import what every worker needs, into a process that they are forked from.
+
+    It must not create a CUDA context, since a forked process could not use CUDA then: whether there is a GPU is asked
+    of the driver library. Where there is none, Triton is put into its interpreter.
+    """
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    from nsa_verify.core.registry import load_builtin
+
+    load_builtin()
+    torch.set_num_threads(1)
+
+
+def warm_up(device: str) -> None:
+    """Create the context of ``device`` now and not in the first case."""
+    if device == "cuda":
+        import torch
+
+        torch.zeros(1, device=device).item()
+
+
 def single_thread() -> None:
     """Keep torch to one thread: tensors are tiny, and workers share the cores."""
     import torch

@@ -15,6 +15,7 @@ import torch
 from nsa_verify.core.implementation import Implementation
 
 _CONTAINERS = (dict, list, set, deque)
+_PLAIN = (*_CONTAINERS, int, float, str, tuple, NoneType)
 _OURS = ("nsa_verify_impl_", "nsa_verify.kernels.")
 """What the registry imports as files of implementations; what else holds one is somebody else's module."""
 
@@ -49,9 +50,28 @@ class ModuleState:
             it.clear()
             (it.extend if isinstance(it, (list, deque)) else it.update)(content)
 
+    def numbers(self) -> object:
+        """What is kept now, less the tensors: equal for as long as nothing else of it has changed.
+
+        Tensors are left out because a graph that uses one is known by the memory that it uses.
+        """
+        variables = {name: _plain(it) for name, it in self._named().items() if isinstance(it, _PLAIN)}
+        return variables, [_plain(it) for it in self._containers()]
+
     def held(self) -> object:
         """What is kept now; whoever holds this keeps it alive."""
         return self._named(), [it.copy() for it in self._containers()]
+
+
+def _plain(value: Any) -> Any:
+    """A copy of ``value`` without tensors; what is neither data nor a container stands for itself."""
+    if isinstance(value, dict):
+        return {name: _plain(it) for name, it in value.items() if not isinstance(it, torch.Tensor)}
+    if isinstance(value, set):
+        return {it for it in value if not isinstance(it, torch.Tensor)}
+    if isinstance(value, (list, tuple, deque)):
+        return [_plain(it) for it in value if not isinstance(it, torch.Tensor)]
+    return value
 
 
 _states: dict[int, ModuleState] = {}

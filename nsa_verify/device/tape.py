@@ -88,11 +88,24 @@ class _Call(NamedTuple):
     kwargs: Any
     outputs: tuple[Tensor | None, ...]
     line: str
+    looks_up: bool
+    """Whether a tensor among the arguments must be looked up in memory that the tape does not own."""
+
+    @classmethod
+    def of(
+        cls, function: Callable[..., Any], args: Any, kwargs: Any, outputs: Sequence[Tensor | None], line: str
+    ) -> _Call:
+        """The call ``function(*args, **kwargs)``."""
+        kept = tuple(outputs) if any(output is not None for output in outputs) else ()
+        return cls(function, args, kwargs, kept, line, _holds_elsewhere(args) or _holds_elsewhere(kwargs))
 
     def run(self) -> None:
         """Make the call again."""
-        results = self.function(*_thawed(self.args), **_thawed(self.kwargs))
-        if any(output is not None for output in self.outputs):
+        if self.looks_up:
+            results = self.function(*_thawed(self.args), **_thawed(self.kwargs))
+        else:
+            results = self.function(*self.args, **self.kwargs)
+        if self.outputs:
             for output, result in zip(self.outputs, tensors_in(results), strict=True):
                 if output is not None:
                     output.copy_(result)
@@ -105,6 +118,13 @@ class Tape:
         self.memory = memory
         self.calls: list[_Call] = []
         self.own: list[Tensor] = []
+        self.fallbacks: tuple[str, ...] = ()
+        self.holds: object = None
+
+    @property
+    def uses_others(self) -> bool:
+        """Whether it uses memory that is neither the rig's nor its own."""
+        return bool(self.memory.others)
 
     def scribble(self) -> None:
         """Poison the memory that the tape owns: before its replay it holds nothing."""
@@ -123,6 +143,12 @@ class Tape:
                 call.run()
             except Exception as error:
                 raise ImplementationRaised(error, line=call.line) from error
+
+    def close(self) -> None:
+        """Let go of what was recorded."""
+        self.calls.clear()
+        self.own.clear()
+        self.holds = None
 
 
 class Recorder(TorchDispatchMode):
@@ -228,7 +254,7 @@ class Recorder(TorchDispatchMode):
         is_view = not func._schema.is_mutable and all(output is None for output in outputs) and own
         if func not in _ALLOCATIONS and not is_view:
             kept = tuple(None if output is None else _same(output) for output in outputs)
-            self.tape.calls.append(_Call(func, call_args, call_kwargs, kept, line))
+            self.tape.calls.append(_Call.of(func, call_args, call_kwargs, kept, line))
         return result
 
     def _note(self, used: Sequence[Tensor]) -> str:
@@ -236,7 +262,7 @@ class Recorder(TorchDispatchMode):
         if torch.cpu.current_stream() is not self._stream:
             self._refuse("works on another stream than the capturing one", Code.OTHER_STREAM)
         line = line_now(self._source)
-        self._memory.use([tensor for tensor in used if not self._memory.is_host(tensor)], line)
+        self._memory.use([tensor for tensor in used if not self._memory.is_host(tensor)], lambda: line)
         return line
 
     def _launch(self, launch: Launch) -> Any:
@@ -249,7 +275,7 @@ class Recorder(TorchDispatchMode):
             grid = self._settled(launch.kwargs["grid"])
             kwargs = {name: self._frozen(value) for name, value in launch.kwargs.items() if name != "grid"}
             args = (launch.kernel, *self._frozen(launch.args))
-            self.tape.calls.append(_Call(launch.run, args, {**kwargs, "grid": grid}, (), line))
+            self.tape.calls.append(_Call.of(launch.run, args, {**kwargs, "grid": grid}, (), line))
             return launch.run(launch.kernel, *launch.args, **{**launch.kwargs, "grid": grid})
 
     @contextmanager
@@ -304,6 +330,8 @@ class Recorder(TorchDispatchMode):
 
 def _same(tensor: Tensor) -> Tensor:
     """Another tensor of the same memory: what the implementation does to its own cannot move this one."""
+    if not tensor.is_inference():
+        return tensor.detach()
     with torch.inference_mode(False):
         return torch.empty(0, dtype=tensor.dtype).set_(
             tensor.untyped_storage(), int(tensor.storage_offset()), tensor.size(), tensor.stride()
@@ -313,6 +341,14 @@ def _same(tensor: Tensor) -> Tensor:
 def _alike(values: Any, elements: list[Any]) -> Any:
     """``elements`` in a list, a tuple or a named tuple, as ``values`` is one."""
     return type(values)(*elements) if hasattr(values, "_fields") else type(values)(elements)
+
+
+def _holds_elsewhere(values: Any) -> bool:
+    if isinstance(values, (_Elsewhere, _Wrapped)):
+        return True
+    if isinstance(values, dict):
+        return any(map(_holds_elsewhere, values.values()))
+    return isinstance(values, (tuple, list)) and any(map(_holds_elsewhere, values))
 
 
 def _thawed(values: Any) -> Any:

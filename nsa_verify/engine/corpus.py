@@ -105,6 +105,8 @@ class Entry(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     provenance: Provenance = Provenance()
     bug_classes: tuple[int, ...] = ()
     """Rows of BUG_CLASSES.md that a seed stands for."""
+    before: tuple[Case, ...] = ()
+    """Cases to run first, in the same process: the finding was not seen without them."""
 
     def __post_init__(self) -> None:
         if not self.title.strip() or "\n" in self.title:
@@ -148,7 +150,10 @@ def _digest(case: Any) -> str:
 
 def dumps(entry: Entry) -> str:
     """The entry as the text of its file: sorted keys, indented, each request on one line."""
-    return _pretty(msgspec.to_builtins(entry), 0, 0) + "\n"
+    content = msgspec.to_builtins(entry)
+    if not entry.before:
+        del content["before"]
+    return _pretty(content, 0, 0) + "\n"
 
 
 def _pretty(value: Any, depth: int, column: int) -> str:
@@ -251,15 +256,16 @@ def _reason(error: OSError) -> str:
 def scan(root_or_file: Path) -> Iterator[Path]:
     """The files of a corpus or of any folder in it, sorted by path; a file is its own only one.
 
-    Hidden files, such as what a killed writer left, and files that do not end in ``.json`` are passed over. Raises
-    ``CorpusError`` at once for a path that does not exist or a folder that cannot be listed.
+    Hidden files and folders, such as what a killed writer left, and files that do not end in ``.json`` are passed over.
+    Raises ``CorpusError`` at once for a path that does not exist or a folder that cannot be listed.
     """
     if os.path.isfile(root_or_file):
         return iter([root_or_file])
     if not os.path.isdir(root_or_file):
         _refuse(root_or_file, "there is no such file or folder", "check the path")
     found = []
-    for folder, _, names in os.walk(root_or_file, onerror=_unlistable):
+    for folder, folders, names in os.walk(root_or_file, onerror=_unlistable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(folder, name) for name in names if name.endswith(".json") and not name.startswith(".")]
     return iter(sorted(found))
 

@@ -1,4 +1,4 @@
-"""Who runs the work: this process, or several worker processes; and what Ctrl-C does to it."""
+"""Who does the work: this process, or several searchers; and what Ctrl-C and SIGTERM do to it."""
 
 from __future__ import annotations
 
@@ -6,57 +6,95 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Generic, ParamSpec, Self, TypeVar
 
-from nsa_verify.engine import worker
+from nsa_verify.engine import searcher
+from nsa_verify.engine.messages import Hello
 from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.process import EngineError, deaf_children, fork_context
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-GRACE_S = 2.0
-"""How long after Ctrl-C a worker process may take to end its case before it is killed."""
+GRACE_S = 4.0
+"""How long after Ctrl-C a searcher may take to end its case before it is killed; longer than it gives its worker."""
 POLL_S = 0.2
+TRIES = 3
+"""How often work is begun whose searchers are killed from outside."""
+_SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+"""Those that ask the work to end, and the handler that shows that nobody else handles them."""
 
 
-class EngineError(Exception):
-    """The engine could not do its job; the message is one sentence with the remedy."""
+class Promise(Generic[T]):
+    """Work that was submitted. ``begin`` begins it, again if need be."""
+
+    def __init__(self, begin: Callable[[], Future[T]]) -> None:
+        self._begin, self._tries = begin, 1
+        self.future = begin()
+
+    def begin_again(self) -> bool:
+        """Begin it anew if its searcher was killed; False if it failed by itself, or too often."""
+        if self._tries >= TRIES or not isinstance(self.future.exception(), BrokenProcessPool):
+            return False
+        self._tries += 1
+        self.future = self._begin()
+        return True
+
+    def result(self) -> T:
+        """What the work gave, waiting for it; its exceptions are raised."""
+        return self.future.result()
 
 
 class Crew:
-    """``submit`` work, get futures. With one worker the work is done in this process, at once.
+    """``submit`` work, get promises. With one worker the work is done in this process, at once.
 
-    Whoever did the work gives back at the end what it kept from case to case, captured graphs above all.
+    Whoever did the work ends at the end the worker that it kept.
 
-    Worker processes are spawned, never forked: they may hold a CUDA context, and threads. While the crew is entered the
-    first Ctrl-C asks the work to end with what it has and sets ``interrupted``; a second one, or one that comes before
-    the workers are up, is a ``KeyboardInterrupt`` wherever it strikes.
+    Searchers are forked from a process that has no CUDA context and no threads. While the crew is entered the first
+    Ctrl-C or SIGTERM asks the work to end with what it has and sets ``interrupted``; a second one, or one that comes
+    before the workers are up, is a ``KeyboardInterrupt`` wherever it strikes. A searcher that is killed from outside is
+    replaced, and what it did is begun again.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, device: str = "auto") -> None:
         self._pool: ProcessPoolExecutor | None = None
         self.workers = workers
         self.interrupted = False
+        self.said: Hello
+        """What a worker said when it was up; from ``hello`` on."""
         self._up = False
         self._interrupted_at_s = 0.0
-        self._handler: Any = None
+        self._handlers: dict[int, Any] = {}
         self._strangers: set[BaseProcess] = set(multiprocessing.active_children())
         if workers > 1:
-            context = multiprocessing.get_context("spawn")
-            self._stop = context.Event()
-            self._pool = ProcessPoolExecutor(workers, context, worker.obey, (self._stop, context.Barrier(workers)))
+            self._context = fork_context(device)
+            self._stop = self._context.Event()
+            self._all_ready = self._context.Barrier(workers)
+            self._numbers = self._context.Value("i", 0)
+            self._pool = self._new_pool()
 
-    def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """A future of ``work(*args)``; its exceptions are the future's."""
+    def _new_pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self.workers, self._context, searcher.obey, (self._stop, self._all_ready, self._numbers)
+        )
+
+    def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Promise[T]:
+        """A promise of ``work(*args)``; its exceptions are the promise's."""
+        return Promise(lambda: self._begin(work, *args, **kwargs))
+
+    def _begin(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         if self._pool is not None:
-            with _deaf_children():
-                return self._pool.submit(work, *args, **kwargs)
+            with deaf_children():
+                try:
+                    return self._pool.submit(work, *args, **kwargs)
+                except BrokenProcessPool:
+                    self._pool = self._new_pool()
+                    return self._pool.submit(work, *args, **kwargs)
         future: Future[T] = Future()
         try:
             future.set_result(work(*args, **kwargs))
@@ -64,27 +102,31 @@ class Crew:
             future.set_exception(error)
         return future
 
-    def hello(self, plan: Plan) -> worker.Hello:
-        """Have every worker start up, and return what they say. Raises what kept one from starting."""
-        futures = [self.submit(worker.hello, plan) for _ in range(self.workers)]
-        results = [future.result() for future in futures]
+    def hello(self, plan: Plan) -> Hello:
+        """Have every searcher and its worker start up, and return what they say. Raises what kept one from starting."""
+        promises = [self.submit(searcher.hello, plan) for _ in range(self.workers)]
+        said = [promise.result() for promise in promises]
+        self.said = said[0]
         self._up = True
-        return results[0]
+        return self.said
 
-    def wait(self, futures: Iterable[Future[T]]) -> set[Future[T]]:
-        """Those that are done, at least one; a worker that outstays ``GRACE_S`` after Ctrl-C is killed for it."""
-        pending = set(futures)
+    def wait(self, promises: Iterable[Promise[T]]) -> set[Promise[T]]:
+        """Those that are done, at least one; a searcher that outstays ``GRACE_S`` after Ctrl-C is killed for it."""
+        pending = set(promises)
         while True:
-            done, _ = wait(pending, timeout=POLL_S, return_when=FIRST_COMPLETED)
-            if done:
-                return done
+            done, _ = wait([it.future for it in pending], timeout=POLL_S, return_when=FIRST_COMPLETED)
+            ended = {it for it in pending if it.future in done}
+            if not self.interrupted:
+                ended = {it for it in ended if not it.begin_again()}
+            if ended:
+                return ended
             if self.interrupted and time.monotonic() - self._interrupted_at_s > GRACE_S:
                 self._kill()
 
-    def result(self, future: Future[T]) -> T | None:
-        """What a future that is done gave; None if its worker was killed because of Ctrl-C."""
+    def result(self, promise: Promise[T]) -> T | None:
+        """What a promise that is done gave; None if its searcher was killed because of Ctrl-C."""
         try:
-            return future.result()
+            return promise.result()
         except BrokenProcessPool:
             if self.interrupted:
                 return None
@@ -94,17 +136,17 @@ class Crew:
         """Ask the workers to end what they are doing with what they have."""
         self.interrupted = True
         self._interrupted_at_s = time.monotonic()
-        worker.stop()
+        searcher.stop()
         if self._pool is not None:
             self._stop.set()
 
     def __enter__(self) -> Self:
-        worker.stop(False)
+        searcher.stop(False)
         # Whoever has a handler of his own, or calls from another thread, keeps what he has.
         if threading.current_thread() is threading.main_thread():
-            self._handler = signal.getsignal(signal.SIGINT)
-            if self._handler is signal.default_int_handler:
-                signal.signal(signal.SIGINT, self._on_interrupt)
+            for number, usual in _SIGNALS.items():
+                if signal.getsignal(number) is usual:
+                    self._handlers[number] = signal.signal(number, self._on_interrupt)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -116,14 +158,14 @@ class Crew:
                         self._kill()
                 self._pool.shutdown(wait=True, cancel_futures=True)
         finally:
-            worker.stop(False)
-            if self._handler is signal.default_int_handler:
-                signal.signal(signal.SIGINT, self._handler)
-            worker.close()
+            searcher.stop(False)
+            while self._handlers:
+                signal.signal(*self._handlers.popitem())
+            searcher.close()
         if isinstance(error, BrokenProcessPool):
             raise EngineError(
-                "a worker process died while it ran a case; run again with --workers 1 to see which implementation"
-                " takes the process down"
+                f"the processes that draw the cases were killed {TRIES} times; see whether memory runs out here, and"
+                " run again with fewer --workers"
             ) from error
 
     def _on_interrupt(self, _: int, __: FrameType | None) -> None:
@@ -134,13 +176,3 @@ class Crew:
     def _kill(self) -> None:
         for child in set(multiprocessing.active_children()) - self._strangers:
             child.kill()
-
-
-@contextmanager
-def _deaf_children() -> Iterator[None]:
-    """Processes started here never hear the terminal's Ctrl-C, not even before their first line of Python has run."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

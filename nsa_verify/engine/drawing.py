@@ -4,29 +4,110 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from random import Random
+from typing import Any, ClassVar, Final, TypeVar
 
 from hypothesis import Phase, given, seed, settings
+from hypothesis import strategies as st
 from hypothesis.errors import FlakyFailure, FlakyReplay
+from hypothesis.internal.conjecture.choice import ChoiceTemplate
+from hypothesis.internal.conjecture.data import ConjectureData
 from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
+from hypothesis.internal.entropy import deterministic_PRNG
 
 from nsa_verify.core.case import Case
 from nsa_verify.engine.plan import Plan
-from nsa_verify.strategies import Limits, Swarm, cases
+from nsa_verify.strategies import Limits, Swarm, cases, setups
 from nsa_verify.strategies.profiles import profile
 
+T = TypeVar("T")
+
 BACKEND = "nsa-verify"
+SETUP_SPAN: Final = setups().label
+"""How Hypothesis marks the choices that make a Setup."""
+UNIFORM: Final = range(-256, 256)
+"""From ranges within, Hypothesis draws each value as often as any other."""
 
 
 class SeededProvider(HypothesisProvider):
-    """Draws depend on the seed alone.
+    """Draws depend on the seed alone; what makes the Setup, in rounds of a season, on the season's seed.
 
     Hypothesis mixes in integers that it finds in the source of whatever modules are loaded; then the same seed would
     draw other cases in another process, or beside another ``--impl``.
+
+    A season's choices are choices like any others: they stand in the choice sequence of each case, and shrink.
     """
+
+    season_seed: ClassVar[int | None] = None
+
+    def __init__(self, data: ConjectureData | None, /) -> None:
+        super().__init__(data)
+        self._of_the_round = self._random
+        self._spans_in_setup = 0
+
+    @classmethod
+    def of(cls, season_seed: int | None) -> type[SeededProvider]:
+        """The provider of a season; of none if ``season_seed`` is None."""
+        return type(cls.__name__, (cls,), {"season_seed": season_seed})
+
+    def span_start(self, label: int, /) -> None:
+        """Draw from the season's chance inside the span of the Setup, nested spans included."""
+        if self._spans_in_setup:
+            self._spans_in_setup += 1
+        elif label == SETUP_SPAN and self.season_seed is not None:
+            self._spans_in_setup = 1
+            self._random = Random(self.season_seed)
+
+    def span_end(self, *_: bool) -> None:
+        """Draw from the round's chance again behind the span of the Setup."""
+        if self._spans_in_setup:
+            self._spans_in_setup -= 1
+            if not self._spans_in_setup:
+                self._random = self._of_the_round
 
     def _maybe_draw_constant(self, *_: Any, **__: Any) -> None:
         return None
+
+    def draw_integer(
+        self,
+        min_value: int | None = None,
+        max_value: int | None = None,
+        *,
+        weights: dict[int, float] | None = None,
+        shrink_towards: int = 0,
+    ) -> int:
+        """As ``HypothesisProvider`` does, and from the same chance the same, without its detour for small numbers."""
+        if weights is None and min_value in UNIFORM and max_value in UNIFORM:
+            assert self._random is not None
+            assert min_value is not None
+            assert max_value is not None
+            return min_value + int(self._random.random() * (max_value - min_value + 1))
+        return super().draw_integer(min_value, max_value, weights=weights, shrink_towards=shrink_towards)
+
+
+class _Unrecorded(ConjectureData):
+    """Draws what a provider chooses, and keeps no record of it: nobody will ask for another case like this one."""
+
+    def draw(self, strategy: st.SearchStrategy[T], *_: Any, **__: Any) -> T:
+        self.provider.span_start(strategy.label)
+        try:
+            return strategy.do_draw(self)
+        finally:
+            self.provider.span_end(False)
+
+    def draw_integer(
+        self,
+        min_value: int | None = None,
+        max_value: int | None = None,
+        *,
+        weights: dict[int, float] | None = None,
+        shrink_towards: int = 0,
+        forced: int | None = None,
+        **_: Any,
+    ) -> int:
+        if forced is not None:
+            return forced
+        return self.provider.draw_integer(min_value, max_value, weights=weights, shrink_towards=shrink_towards)
 
 
 @contextmanager
@@ -45,27 +126,51 @@ class Found(Exception):
 
 
 def draw_round(plan: Plan, device: str, index: int, visit: Callable[[Case], None]) -> None:
-    """Call ``visit`` with every case of round ``index``, as large as suits ``device`` (``cpu`` or ``cuda``)."""
+    """Call ``visit`` with every case of round ``index``, as large as suits ``device`` (``cpu`` or ``cuda``).
 
-    def body(case: Case) -> None:
-        visit(case)
+    The first case of round 0 is the simplest that there is. What ``visit`` raises ends the round.
+    """
+    # Without Hypothesis's engine: until a case is to be shrunk it would cost more than the choices, and do nothing. As
+    # under it, whoever draws from the global ``random`` is given the same numbers with every case.
+    for case in _drawn(plan, device, index):
+        with deterministic_PRNG():
+            visit(case)
 
-    _drive(plan, device, index, body, (Phase.generate,))
+
+def _drawn(plan: Plan, device: str, index: int) -> Iterator[Case]:
+    strategy, provider = _strategy(plan, device, index), SeededProvider.of(plan.season_seed(index))
+    chance, count = Random(plan.round_seed(index)), plan.round_cases(index)
+    if index == 0:
+        yield ConjectureData.for_choices((ChoiceTemplate("simplest", count=None),)).draw(strategy)
+        count -= 1
+    for _ in range(count):
+        yield _Unrecorded(random=chance, provider=provider).draw(strategy)
 
 
 def shrink_round(plan: Plan, device: str, index: int, shows: Callable[[Case], bool]) -> bool:
     """Draw round ``index`` again and shrink the first case for which ``shows`` holds.
 
-    ``shows`` is called with every probe and keeps what it wants to keep. False if the probes contradicted each other,
-    as they do for an implementation that is not deterministic.
+    ``shows`` is called with every probe and keeps what it wants to keep. The first probe of any round is the simplest
+    case that there is: if it shows, nothing is left to shrink, and if it does not, Hypothesis need not try it again.
+    Then come the cases of the round. False if the probes contradicted each other, as they do for an implementation
+    that is not deterministic.
     """
+    AVAILABLE_PROVIDERS[BACKEND] = SeededProvider.of(plan.season_seed(index))
+    chosen = settings(
+        profile(plan.profile).settings,
+        max_examples=plan.round_cases(index) + (index > 0),
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+        backend=BACKEND,
+    )
 
-    def body(case: Case) -> None:
+    def test(case: Case) -> None:
         if shows(case):
             raise Found
 
     try:
-        _drive(plan, device, index, body, (Phase.generate, Phase.shrink))
+        with _without_constants():
+            seed(plan.round_seed(index))(chosen(given(case=_strategy(plan, device, index))(test)))()
     except Found:
         return True
     except (FlakyFailure, FlakyReplay):
@@ -73,20 +178,6 @@ def shrink_round(plan: Plan, device: str, index: int, shows: Callable[[Case], bo
     return False
 
 
-def _drive(plan: Plan, device: str, index: int, body: Callable[[Case], None], phases: tuple[Phase, ...]) -> None:
-    AVAILABLE_PROVIDERS[BACKEND] = SeededProvider
-    chosen = settings(
-        profile(plan.profile).settings,
-        max_examples=plan.round_cases(index),
-        phases=phases,
-        report_multiple_bugs=False,
-        backend=BACKEND,
-    )
-    limits = Limits.for_device(device)
-    strategy = cases(modes=plan.modes, swarm=Swarm.for_round(plan.seed, index), limits=limits)
-
-    def test(case: Case) -> None:
-        body(case)
-
-    with _without_constants():
-        seed(plan.round_seed(index))(chosen(given(case=strategy)(test)))()
+def _strategy(plan: Plan, device: str, index: int) -> st.SearchStrategy[Case]:
+    swarm = Swarm.for_round(plan.seed, index, plan.season(index))
+    return cases(modes=plan.modes, swarm=swarm, limits=Limits.for_device(device))

@@ -178,8 +178,24 @@ class Disagreement(Struct, frozen=True):
     path: Path | None = None
     problem: str = ""
     note: str = ""
+    before: tuple[Case, ...] = ()
+    """Cases to run first, in the same process, for a disagreement that does not show alone."""
     json: str = ""
     """The corpus entry itself where it could not be saved, so that nothing is lost."""
+
+
+class Recovered(Struct, frozen=True):
+    """What runs that were killed had left was looked after.
+
+    ``saved`` are findings that they had reported, in the corpus now; ``judged`` cases that were in flight are judged
+    again first of all; ``waiting`` is how many were not, because ``missing`` implementations are not loaded.
+    """
+
+    saved: tuple[Path, ...]
+    judged: int
+    waiting: int
+    missing: tuple[str, ...]
+    problems: tuple[str, ...]
 
 
 class CheckFailed(Struct, frozen=True):
@@ -192,7 +208,10 @@ class CheckFailed(Struct, frozen=True):
 
 
 class RunFinished(Struct, frozen=True):
-    """The end: the matrix, how many cases in how many seconds of drawing and judging, and why it stopped."""
+    """The end: the matrix, how many cases in how many seconds of drawing and judging, and why it stopped.
+
+    ``replaced`` counts the workers that died and were replaced.
+    """
 
     matrix: Matrix
     tally: Tally
@@ -201,8 +220,17 @@ class RunFinished(Struct, frozen=True):
     stop: StopReason
     signatures: tuple[Signature, ...]
     digest: str
+    replaced: int = 0
 
 
 Event = (
-    RunStarted | WorkersReady | RoundFinished | DisagreementSeen | Shrinking | Disagreement | CheckFailed | RunFinished
+    RunStarted
+    | WorkersReady
+    | Recovered
+    | RoundFinished
+    | DisagreementSeen
+    | Shrinking
+    | Disagreement
+    | CheckFailed
+    | RunFinished
 )

@@ -21,6 +21,7 @@ def entry_of(found: Disagreement, provenance: Provenance) -> Entry:
     return Entry(
         title=f"{finding.implementation}: {EXPLANATIONS[finding.code].title}: {first_line}",
         case=found.case,
+        before=found.before,
         finding=SavedFinding.of(finding),
         provenance=msgspec.structs.replace(
             provenance,

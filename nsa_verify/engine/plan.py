@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from hashlib import sha256
 from random import Random
 from typing import Final
@@ -11,10 +12,16 @@ from msgspec import Struct
 from nsa_verify.core.case import Mode
 
 ROUND_CASES: Final = 10
-"""Cases of a round: they share a swarm, and a round is drawn by one worker.
+"""Cases of a round: they share a swarm, and a round is drawn by one worker."""
 
-Ten, because from its eleventh example on Hypothesis varies earlier examples more than it draws new ones.
+FIRST_SEASON: Final = 20
+"""From this round on the cases of a season share their Setup, and so captured graphs and memory serve many cases.
+
+In the rounds before every case has a Setup of its own: short runs meet as many as they can.
 """
+
+LEG_ROUNDS: Final = ((0, 1), (100, 4), (1000, 16))
+"""From which round on how many rounds are a leg: the longer a run, the longer it stays with a Setup."""
 
 EAGER: Final = "eager"
 """The executor that calls implementations directly; the others replay captured graphs."""
@@ -39,6 +46,16 @@ class Plan(Struct, frozen=True, kw_only=True):
     profile: str = "dev"
     workers: int = 1
     shrink: bool = True
+    isolate: bool = False
+    """Whether implementations run in worker processes; else they run where the cases are drawn."""
+    folder: str = ""
+    """Where the cases in flight are kept; empty: a folder that is gone with the run."""
+    gpus: tuple[str, ...] = ()
+    """What each worker in turn is given as ``CUDA_VISIBLE_DEVICES``; empty: what the engine has."""
+    deadline_s: float = 0.0
+    """How long an implementation may be silent before it counts as hung; 0: as long as suits it."""
+    memory_bytes: int = 0
+    """How much memory an implementation may take; 0: a share of what is free."""
 
     @property
     def rounds(self) -> int:
@@ -52,6 +69,31 @@ class Plan(Struct, frozen=True, kw_only=True):
     def round_seed(self, index: int) -> int:
         """The seed of round ``index``: rounds are independent of each other and of who draws them."""
         return Random(f"{self.seed}/{index}").getrandbits(62)
+
+    def season(self, index: int) -> int | None:
+        """The season of round ``index``, named by its first round; None where every case has a Setup of its own."""
+        return _leg_start(index) if index >= FIRST_SEASON else None
+
+    def season_seed(self, index: int) -> int | None:
+        """The seed of the Setup that the season of round ``index`` shares, if it does."""
+        season = self.season(index)
+        return None if season is None else Random(f"season {self.seed}/{season}").getrandbits(62)
+
+    def legs(self) -> Iterator[range]:
+        """The rounds in order, those of one season together, so that one worker can take them one after the other."""
+        start = 0
+        while start < self.rounds:
+            stop = start + 1
+            while _leg_start(stop) == start:
+                stop += 1
+            yield range(start, min(stop, self.rounds))
+            start = stop
+
+
+def _leg_start(index: int) -> int:
+    """The first round of the leg of round ``index``: a function of the index alone."""
+    first, rounds = max(it for it in LEG_ROUNDS if it[0] <= index)
+    return index - (index - first) % rounds
 
 
 def digest(parts: list[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future
 from enum import StrEnum
 from pathlib import Path
 
@@ -11,9 +10,10 @@ from msgspec import Struct
 
 from nsa_verify.core.findings import Outcome, Verdict
 from nsa_verify.engine.corpus import CorpusError, Entry, load
-from nsa_verify.engine.crew import Crew
+from nsa_verify.engine.crew import Crew, Promise
+from nsa_verify.engine.messages import Hello
 from nsa_verify.engine.plan import Plan
-from nsa_verify.engine.worker import Hello, judge_saved
+from nsa_verify.engine.searcher import judge_saved
 
 
 class Status(StrEnum):
@@ -42,23 +42,23 @@ def replay_saved(plan: Plan, paths: list[Path]) -> Iterator[Hello | Replayed]:
 
     Raises ``KeyboardInterrupt`` on Ctrl-C, and ``ImplementationError``, ``DeviceError`` and ``EngineError``.
     """
-    with Crew(plan.workers) as crew:
+    with Crew(plan.workers, plan.device) as crew:
         said = crew.hello(plan)
         yield said
         known = {subject.name for subject in said.subjects}
         opened = [(path, *_open(path)) for path in paths]
-        futures: list[Future[list[Verdict]] | None] = [None] * len(opened)
+        promises: list[Promise[list[Verdict]] | None] = [None] * len(opened)
         for index, (path, entry, problem) in enumerate(opened):
             ahead = range(index, min(len(opened), index + 2 * crew.workers))
             for later in ahead if crew.workers > 1 else (index,):
                 saved = opened[later][1]
-                if futures[later] is None and saved is not None:
-                    futures[later] = crew.submit(judge_saved, plan, saved.case)
-            future = futures[index]
-            if entry is None or future is None:
+                if promises[later] is None and saved is not None:
+                    promises[later] = crew.submit(judge_saved, plan, saved.case, saved.before)
+            promise = promises[index]
+            if entry is None or promise is None:
                 yield Replayed(path, Status.ERROR, entry, problem=problem)
                 continue
-            verdicts = crew.result(*crew.wait([future]))
+            verdicts = crew.result(*crew.wait([promise]))
             if verdicts is not None:
                 yield _status(path, entry, tuple(verdicts), known, plan)
             if crew.interrupted:

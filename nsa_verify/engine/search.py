@@ -7,20 +7,21 @@ events whatever the number of workers; only their order in time differs.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from typing import Final
 
-from nsa_verify.core.case import Case
-from nsa_verify.core.findings import Finding, Signature
-from nsa_verify.engine.crew import Crew
+from nsa_verify.core.findings import Code, Signature
+from nsa_verify.engine.crew import Crew, Promise
 from nsa_verify.engine.events import (
     CheckFailed,
     Disagreement,
     DisagreementSeen,
     Event,
     Matrix,
+    Recovered,
     Reliability,
     RoundFinished,
     RunFinished,
@@ -30,11 +31,16 @@ from nsa_verify.engine.events import (
     Tally,
     WorkersReady,
 )
+from nsa_verify.engine.inflight import Left
+from nsa_verify.engine.messages import Pair
 from nsa_verify.engine.plan import Plan, digest
-from nsa_verify.engine.worker import RoundResult, Seen, ShrinkResult, run_round, shrink
+from nsa_verify.engine.process import EngineError
+from nsa_verify.engine.searcher import DEATHS, RoundResult, Seen, ShrinkResult, judge_again, run_rounds, shrink
 
 Keep = Callable[[Disagreement], Disagreement]
 """Saves a disagreement and returns it with its path, or with the problem that prevented saving."""
+DEATHS_BORNE: Final = 3
+"""After so many rounds in which a pair killed its worker it is not run in further ones; after one in which it hung."""
 
 
 @dataclass(slots=True)
@@ -44,21 +50,50 @@ class _State:
     matrix: Matrix = field(default_factory=Matrix)
     tally: Tally = field(default_factory=Tally)
     cases: int = 0
-    digests: dict[int, str] = field(default_factory=dict)
+    digests: dict[int, dict[str, str]] = field(default_factory=dict)
     first: dict[Signature, tuple[int, Seen]] = field(default_factory=dict)
     kept: set[Signature] = field(default_factory=set)
     stop: StopReason = StopReason.EXAMPLES
+    replaced: int = 0
+    deaths: Counter[Pair] = field(default_factory=Counter)
+    """How many rounds each pair has killed a worker in; a hang counts for ``DEATHS_BORNE``."""
+
+    @property
+    def without(self) -> frozenset[Pair]:
+        """The pairs that are not run any more."""
+        return frozenset(pair for pair, rounds in self.deaths.items() if rounds >= DEATHS_BORNE)
+
+    def digest(self) -> str:
+        """A function of the cases and verdicts of all pairs but those that killed workers: when these are no longer run
+        depends on which worker was faster."""
+        deadly = {" ".join(pair) for pair in self.deaths}
+        return digest(
+            [
+                f"{pair} {said}"
+                for index in sorted(self.digests)
+                for pair, said in sorted(self.digests[index].items())
+                if pair not in deadly
+            ]
+        )
 
 
-def search(plan: Plan, keep: Keep, version: str, options: dict[str, str]) -> Iterator[Event]:
+def search(
+    plan: Plan,
+    keep: Keep,
+    version: str,
+    options: dict[str, str],
+    note: Callable[[Disagreement], None] = lambda _: None,
+    left: Left | None = None,
+) -> Iterator[Event]:
     """Run ``plan``. Raises ``ImplementationError``, ``DeviceError`` and ``EngineError`` when it cannot do its job.
 
     ``options`` are told as they are, but for ``executors``, which are told as they turn out to be on the device.
-    Whatever was seen is kept, also if the run is interrupted or a worker dies.
+    Whatever was seen is kept, also if the run is interrupted or its searchers are killed. ``note`` is told of every
+    disagreement before it is reported, as it was drawn. The cases in ``left`` are judged first.
     """
     began = time.perf_counter()
     state = _State()
-    with Crew(plan.workers) as crew:
+    with Crew(plan.workers, plan.device) as crew:
         said = crew.hello(plan)
         yield RunStarted(
             seed=plan.seed,
@@ -71,56 +106,88 @@ def search(plan: Plan, keep: Keep, version: str, options: dict[str, str]) -> Ite
             workers=plan.workers,
         )
         yield WorkersReady(time.perf_counter() - began)
-        began = time.perf_counter()
         try:
-            yield from _rounds(plan, crew, state)
+            if left is not None:
+                yield from _recovered(plan, crew, state, left, note)
+            began = time.perf_counter()
+            yield from _rounds(plan, crew, state, note)
             seconds = time.perf_counter() - began
             yield from _shrinks(plan, crew, state, keep)
-        except BrokenProcessPool:
-            yield from _leftovers(state, keep, "a worker died before it was shrunk")
+        except (BrokenProcessPool, EngineError):
+            yield from _leftovers(state, keep, "the run ended before it was shrunk")
             raise
-    note = "interrupted before it was shrunk" if state.stop is StopReason.INTERRUPTED else "not shrunk"
-    yield from _leftovers(state, keep, note)
-    signatures = tuple(sorted(state.first))
-    whole = digest([state.digests[index] for index in sorted(state.digests)])
-    yield RunFinished(state.matrix, state.tally.in_order(), state.cases, seconds, state.stop, signatures, whole)
+    reason = "interrupted before it was shrunk" if state.stop is StopReason.INTERRUPTED else "not shrunk"
+    yield from _leftovers(state, keep, reason)
+    yield RunFinished(
+        matrix=state.matrix,
+        tally=state.tally.in_order(),
+        cases=state.cases,
+        seconds=seconds,
+        stop=state.stop,
+        signatures=tuple(sorted(state.first)),
+        digest=state.digest(),
+        replaced=state.replaced,
+    )
 
 
-def _rounds(plan: Plan, crew: Crew, state: _State) -> Iterator[Event]:
+def _recovered(
+    plan: Plan, crew: Crew, state: _State, left: Left, note: Callable[[Disagreement], None]
+) -> Iterator[Event]:
+    """Judge the cases that were in flight when earlier runs were killed, those of implementations that are here."""
+    loaded = {it.name for it in crew.said.subjects}
+    here = [it for it in left.interrupted if it.pair is None or it.pair[0] in loaded]
+    missing = {it.pair[0] for it in left.interrupted if it.pair is not None} - loaded
+    if left.interrupted or left.saved or left.problems:
+        waiting = len(left.interrupted) - len(here)
+        yield Recovered(tuple(left.saved), len(here), waiting, tuple(sorted(missing)), tuple(left.problems))
+    for it in here:
+        promise = crew.submit(judge_again, plan, it.case)
+        result = crew.result(*crew.wait([promise]))
+        if result is not None and not result.stopped:
+            yield from _round(state, result, note)
+            it.forget()
+
+
+def _rounds(plan: Plan, crew: Crew, state: _State, note: Callable[[Disagreement], None]) -> Iterator[Event]:
     deadline = time.time() + plan.max_time_s if plan.max_time_s else 0.0
-    waiting = list(range(plan.rounds))
-    running: set[Future[RoundResult]] = set()
+    legs: Iterator[range] = plan.legs()
+    running: set[Promise[list[RoundResult]]] = set()
     while True:
         if crew.interrupted:
-            waiting, state.stop = [], StopReason.INTERRUPTED
+            legs, state.stop = iter(()), StopReason.INTERRUPTED
         elif deadline and time.time() > deadline and state.cases < plan.max_examples:
-            waiting, state.stop = [], StopReason.TIME
-        while waiting and len(running) < crew.workers:
-            running.add(crew.submit(run_round, plan, waiting.pop(0), deadline))
+            legs, state.stop = iter(()), StopReason.TIME
+        while len(running) < crew.workers and (leg := next(legs, None)) is not None:
+            running.add(crew.submit(run_rounds, plan, leg, deadline, state.without))
         if not running:
             return
         done = crew.wait(running)
         running -= done
-        for future in done:
-            result = crew.result(future)
-            if result is not None:
+        for promise in done:
+            for result in crew.result(promise) or ():
                 if result.stopped:
                     crew.stop()
-                yield from _round(state, result)
+                yield from _round(state, result, note)
 
 
-def _round(state: _State, result: RoundResult) -> Iterator[Event]:
+def _round(state: _State, result: RoundResult, note: Callable[[Disagreement], None]) -> Iterator[Event]:
     state.matrix.add(result.matrix)
     state.tally.add(result.tally)
     state.cases += result.cases
-    state.digests[result.index] = result.digest
-    yield RoundFinished(result.index, result.cases, state.cases, result.digest)
+    state.replaced += result.replaced
+    state.digests[result.index] = result.digests
+    for pair, code in {(it.finding.implementation, it.finding.executor): it.finding.code for it in result.seen}.items():
+        if code in DEATHS:
+            state.deaths[pair] += DEATHS_BORNE if code is Code.HANG else 1
+    said = digest([f"{pair} {said}" for pair, said in sorted(result.digests.items())])
+    yield RoundFinished(result.index, result.cases, state.cases, said)
     for unjudged in result.unjudged:
         verdict = unjudged.verdict
         yield CheckFailed(verdict.implementation, verdict.executor, verdict.reason, unjudged.case)
     for seen in result.seen:
         known = state.first.get(seen.signature)
         if known is None:
+            note(_as_drawn(seen, "the run was killed before it was shrunk"))
             yield DisagreementSeen(seen.signature, seen.finding)
         if known is None or result.index < known[0]:
             state.first[seen.signature] = (result.index, seen)
@@ -129,21 +196,24 @@ def _round(state: _State, result: RoundResult) -> Iterator[Event]:
 def _shrinks(plan: Plan, crew: Crew, state: _State, keep: Keep) -> Iterator[Event]:
     """Shrink each signature, several at a time, until Ctrl-C."""
     waiting = sorted(state.first) if plan.shrink else []
-    running: dict[Future[ShrinkResult | None], Signature] = {}
+    running: dict[Promise[ShrinkResult | None], Signature] = {}
     while True:
         if crew.interrupted:
             waiting, state.stop = [], StopReason.INTERRUPTED
         while waiting and len(running) < crew.workers:
             signature = waiting.pop(0)
             yield Shrinking(signature)
-            running[crew.submit(shrink, plan, state.first[signature][0], signature)] = signature
+            index, seen = state.first[signature]
+            running[crew.submit(shrink, plan, index, seen)] = signature
         if not running:
             return
-        for future in crew.wait(running):
-            signature = running.pop(future)
-            result = crew.result(future)
-            if result is not None and result.stopped:
-                crew.stop()
+        for promise in crew.wait(running):
+            signature = running.pop(promise)
+            result = crew.result(promise)
+            if result is not None:
+                state.replaced += result.replaced
+                if result.stopped:
+                    crew.stop()
             note = "the shrink was interrupted" if crew.interrupted else ""
             state.kept.add(signature)
             yield keep(_minimal(state.first[signature][1], result, note))
@@ -154,26 +224,36 @@ def _leftovers(state: _State, keep: Keep, note: str) -> Iterator[Event]:
     for signature, (_, seen) in sorted(state.first.items()):
         if signature not in state.kept:
             state.kept.add(signature)
-            yield keep(_as_drawn(seen.case, seen.finding, note))
+            yield keep(_as_drawn(seen, note))
 
 
 def _minimal(seen: Seen, result: ShrinkResult | None, note: str = "") -> Disagreement:
     if result is None:
-        return _as_drawn(
-            seen.case, seen.finding, note or "its round, run again, agreed: the case is kept as it was drawn"
-        )
-    unstable = "" if result.stable else "probes contradicted each other: the smallest case that disagreed is kept"
-    note = note if result.stopped else unstable
+        return _as_drawn(seen, note or "its round, run again, agreed: the case is kept as it was drawn")
+    unstable = "probes contradicted each other: the smallest case that disagreed is kept"
+    if seen.before:
+        unstable = "it did not come again, neither alone nor after the cases that were run before it"
+    lonely = f"it needs {len(result.before)} cases to be run before it" if result.before else ""
     return Disagreement(
         signature=seen.signature,
         case=result.case,
         finding=result.finding,
         reliability=result.reliability,
-        shrunk=True,
+        shrunk=not seen.before,
         probes=result.probes,
-        note=note,
+        note=note if result.stopped else (lonely if result.stable else unstable),
+        before=tuple(result.before),
     )
 
 
-def _as_drawn(case: Case, finding: Finding, note: str) -> Disagreement:
-    return Disagreement(finding.signature, case, finding, Reliability(0, 0), shrunk=False, probes=0, note=note)
+def _as_drawn(seen: Seen, note: str) -> Disagreement:
+    return Disagreement(
+        signature=seen.signature,
+        case=seen.case,
+        finding=seen.finding,
+        reliability=Reliability(0, 0),
+        shrunk=False,
+        probes=0,
+        note=note,
+        before=tuple(seen.before),
+    )

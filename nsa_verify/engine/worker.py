@@ -1,146 +1,60 @@
-"""What a worker does: judge the cases of a round, shrink one signature, judge saved cases.
+"""What a worker does: settle the device, load the implementations, judge cases.
 
-The functions here run in a worker process, or in the engine's own where isolation is off. They are pure functions of
-their arguments: which worker ran what cannot be told from the results.
+The worker is a process of its own (``serve``), which an engine can lose without harm, or, for debugging, the engine's
+own process (``Desk``). This is the one module of the engine that needs the device side.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import fcntl
+import mmap
 import os
 import signal
 import sys
-import threading
 import time
+import traceback
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from multiprocessing import parent_process
-from multiprocessing.synchronize import Barrier
-from multiprocessing.synchronize import Event as EventType
-from multiprocessing.util import Finalize
-from threading import BrokenBarrierError
-from typing import TYPE_CHECKING
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
-import msgspec
-from msgspec import Struct
-
-from nsa_verify.core.case import Case, size_of
-from nsa_verify.core.findings import Finding, Outcome, Signature, Verdict
+from nsa_verify.core.case import Case, Mode
+from nsa_verify.core.findings import Verdict
 from nsa_verify.core.implementation import Implementation
+from nsa_verify.core.marks import MARKS, SIZE, Marks, Phase
 from nsa_verify.core.registry import ImplementationError, load
-from nsa_verify.engine.drawing import draw_round, shrink_round
-from nsa_verify.engine.events import Cell, Matrix, Reliability, Subject, Tally
-from nsa_verify.engine.plan import EAGER, Plan, digest
+from nsa_verify.engine.events import Subject
+from nsa_verify.engine.messages import (
+    ENCODER,
+    REQUESTS,
+    Applicable,
+    Ask,
+    Batch,
+    Broken,
+    Died,
+    Done,
+    Hello,
+    Judged,
+    Judgement,
+    Pair,
+    Prepare,
+    Refused,
+    Reply,
+    Skip,
+    Starting,
+    Task,
+)
+from nsa_verify.engine.plan import Plan
 
 if TYPE_CHECKING:
+    from nsa_verify.device.batch import Job
     from nsa_verify.device.driving import Executor
-    from nsa_verify.device.judge import Judge
 
-RELIABILITY_RUNS = 5
-REPEAT_EVERY = 2
-"""While cases are drawn, every second one is checked for idempotence; shrinking and replaying always check."""
-DELAY_EVERY = 10
-"""The same for the delay of the stream, which costs more. The first case of a round is too simple to show anything."""
-
-
-class Hello(Struct):
-    """What a worker says once it is up."""
-
-    device: str
-    description: str
-    subjects: tuple[Subject, ...]
-    executors: tuple[str, ...]
-
-
-class Seen(Struct):
-    """The first case of a round that showed a signature; ``index`` counts the round's cases."""
-
-    signature: Signature
-    finding: Finding
-    case: Case
-    index: int
-
-
-class Unjudged(Struct):
-    """A verdict that was unknown."""
-
-    verdict: Verdict
-    case: Case
-
-
-class RoundResult(Struct):
-    """What a round gave; ``digest`` is a function of its cases and verdicts, ``stopped`` says it was cut short."""
-
-    index: int
-    cases: int
-    matrix: Matrix
-    tally: Tally
-    seen: list[Seen]
-    unjudged: list[Unjudged]
-    digest: str
-    seconds: float
-    stopped: bool = False
-
-
-class ShrinkResult(Struct):
-    """The smallest case of a signature.
-
-    ``stable`` is False if probes contradicted each other, ``stopped`` says that the shrink was cut short.
-    """
-
-    case: Case
-    finding: Finding
-    probes: int
-    stable: bool
-    reliability: Reliability
-    stopped: bool = False
-
-
-START_TIMEOUT_S = 300.0
-
-_engine_stops: EventType | None = None
-_all_ready: Barrier | None = None
-
-
-class _Here:
-    """What this very process was asked to do."""
-
-    stopping = False
-
-
-def obey(stop: EventType, all_ready: Barrier) -> None:
-    """Make this process a worker: the engine decides when to stop, not the terminal's Ctrl-C."""
-    global _engine_stops, _all_ready
-    _engine_stops, _all_ready = stop, all_ready
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Finalize(None, close, exitpriority=0)
-    threading.Thread(target=_follow_engine, daemon=True).start()
-
-
-def _follow_engine() -> None:
-    """An engine that was killed leaves no workers behind."""
-    engine = parent_process()
-    assert engine is not None
-    engine.join()
-    os._exit(1)
-
-
-def close() -> None:
-    """Give back what was kept for the next case: graphs are destroyed now, and not in whatever order Python ends in."""
-    if "nsa_verify.device.rig" in sys.modules:
-        from nsa_verify.device.rig import close_rigs
-
-        close_rigs()
-
-
-def stop(stopping: bool = True) -> None:
-    """Ask what runs in this very process to end; False takes it back."""
-    _Here.stopping = stopping
-
-
-def stop_if_asked() -> None:
-    """Between two cases: end what this worker does, with what it has."""
-    if _Here.stopping or (_engine_stops is not None and _engine_stops.is_set()):
-        raise KeyboardInterrupt
+DEVICE_DIED: Final = 86
+"""Exit code of a worker whose device's context is dead."""
 
 
 @lru_cache(maxsize=1)
@@ -169,58 +83,6 @@ def drivers(device: str, names: tuple[str, ...]) -> tuple[Executor, ...]:
     return executors_for(device, names)
 
 
-def hello(plan: Plan) -> Hello:
-    """Start up and say what is here; returns when every worker has got that far, or one has failed to."""
-    from nsa_verify.device.select import describe
-
-    try:
-        device, implementations = prepare(plan.device, plan.references, plan.only)
-        executors = tuple(it.name for it in drivers(device, plan.executors))
-    except BaseException:
-        if _all_ready is not None:
-            _all_ready.abort()
-        raise
-    if _all_ready is not None:
-        with suppress(BrokenBarrierError):  # the worker that broke it reports why
-            _all_ready.wait(START_TIMEOUT_S)
-    subjects = tuple(
-        Subject(it.name, it.source, str(it.extent), tuple(mode for mode in plan.modes if mode in it.modes))
-        for it in implementations
-    )
-    return Hello(device, describe(device), subjects, executors)
-
-
-def run_round(plan: Plan, index: int, deadline: float = 0.0) -> RoundResult:
-    """Judge every case of round ``index``; past ``deadline`` (epoch seconds, 0: none) cases are left out."""
-    device, implementations = prepare(plan.device, plan.references, plan.only)
-    started = time.perf_counter()
-    result = RoundResult(index, 0, Matrix(), Tally(), [], [], "", 0.0)
-    lines: list[str] = []
-    named = {it.name: it for it in implementations}
-    executors = {it.name: it for it in drivers(device, plan.executors)}
-
-    def visit(case: Case) -> None:
-        stop_if_asked()
-        if deadline and time.time() > deadline:
-            return
-        repeat = result.cases % REPEAT_EVERY == 0
-        delay = result.cases % DELAY_EVERY == DELAY_EVERY // 2
-        verdicts = judge_case(case, implementations, plan.executors, device, repeat, delay)
-        stop_if_asked()
-        for verdict in verdicts:
-            _count(result, case, verdict, named[verdict.implementation], executors[verdict.executor])
-            lines.append(f"{msgspec.json.encode(case).decode()} {_summary(verdict)}")
-        result.cases += 1
-
-    try:
-        draw_round(plan, device, index, visit)
-    except KeyboardInterrupt:
-        result.stopped = True
-    result.digest = digest(lines)
-    result.seconds = time.perf_counter() - started
-    return result
-
-
 def judge_case(
     case: Case,
     implementations: tuple[Implementation, ...],
@@ -229,95 +91,234 @@ def judge_case(
     repeat: bool = True,
     delay: bool = True,
 ) -> list[Verdict]:
-    """The verdicts of every implementation under every one of ``executors`` (none: all that ``device`` has).
+    """The verdicts, in this process, of every implementation under every one of ``executors`` (none: all there are).
 
-    ``repeat`` and ``delay`` are those of ``Judge.judge``. Raises as ``drivers`` does.
+    ``repeat`` and ``delay`` are those of ``Judge.judge``. Raises as ``drivers`` does, and ``DeviceDied``.
     """
-    from nsa_verify.device.judge import Judge
+    from nsa_verify.device.batch import Job, judge_batch
 
-    judge: Judge = Judge(case, device)
-    executors_here = drivers(device, executors)
-    return [judge.judge(it, executor, repeat, delay) for executor in executors_here for it in implementations]
-
-
-def judge_saved(plan: Plan, case: Case) -> list[Verdict]:
-    """The verdicts on a saved case."""
-    device, implementations = prepare(plan.device, plan.references, plan.only)
-    verdicts = judge_case(case, implementations, plan.executors, device)
-    if _Here.stopping:
-        raise KeyboardInterrupt
-    return verdicts
+    pairs = [(it, executor) for executor in drivers(device, executors) for it in implementations]
+    return [verdict for _, _, verdict in judge_batch([Job(case, pairs, repeat, delay)], device)]
 
 
-def shrink(plan: Plan, index: int, signature: Signature) -> ShrinkResult | None:
-    """The smallest case found that shows ``signature``, starting from round ``index``, which showed it.
+def close() -> None:
+    """Give back what was kept for the next case: graphs are destroyed now, and not in whatever order Python ends in."""
+    if "nsa_verify.device.rig" in sys.modules:
+        from nsa_verify.device.rig import close_rigs
 
-    Only the accused implementation is run. None if the round, run again, did not show it.
-    """
-    device, implementations = prepare(plan.device, plan.references, plan.only)
-    accused = tuple(it for it in implementations if it.name == signature.implementation)
-    shown: list[tuple[Case, Finding]] = []
-    """The smallest that showed it so far by our measure, and the last."""
-    probes = 0
+        close_rigs()
 
-    def accuse(case: Case) -> Finding | None:
-        verdict = judge_case(case, accused, (signature.executor,), device)[0]
-        primary = verdict.primary
-        return primary if primary is not None and primary.signature == signature else None
 
-    def shows(case: Case) -> bool:
-        nonlocal probes
-        stop_if_asked()
-        probes += 1
-        finding = accuse(case)
-        stop_if_asked()
-        if finding is None:
-            return False
-        smallest = shown[0] if shown and size_of(shown[0][0]) < size_of(case) else (case, finding)
-        shown[:] = [smallest, (case, finding)]
-        return True
+def refusal(refused: Refused) -> Exception:
+    """The exception that ``Desk`` raised in another process."""
+    from nsa_verify.device.select import DeviceError
 
-    stable, stopped = True, False
+    kinds = {"implementation": ImplementationError, "device": DeviceError, "value": ValueError}
+    return kinds[refused.kind](refused.sentence)
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether ``error`` says that the device's context is dead."""
+    from nsa_verify.device.health import DeviceDied
+
+    return isinstance(error, DeviceDied)
+
+
+class Desk:
+    """Judges tasks in this very process. Raises as ``prepare`` and ``drivers`` do."""
+
+    def __init__(self, plan: Plan) -> None:
+        from nsa_verify.device.select import describe
+
+        self._device, implementations = prepare(plan.device, plan.references, plan.only)
+        self._implementations = {it.name: it for it in implementations}
+        self._executors = {it.name: it for it in drivers(self._device, plan.executors)}
+        subjects = tuple(
+            Subject(it.name, it.source, str(it.extent), tuple(mode for mode in plan.modes if mode in it.modes))
+            for it in implementations
+        )
+        self.hello = Hello(self._device, describe(self._device), subjects, tuple(self._executors))
+
+    def warm_up(self) -> None:
+        """Create the device's context now and not in the first case."""
+        from nsa_verify.device.select import warm_up
+
+        warm_up(self._device)
+
+    def applicable(self, case: Case) -> tuple[Pair, ...]:
+        """The pairs that run at least one replay of ``case``."""
+        return tuple(pair for pair in self.hello.pairs if self._applies(case, pair)[0])
+
+    def judge(self, tasks: Sequence[Task], careful: bool = False) -> Generator[Starting | Judged]:
+        """``Judged`` for each task, in order; with ``careful`` for each pair, behind its ``Starting``.
+
+        Raises ``DeviceDied``.
+        """
+        return self._carefully(tasks) if careful else self._swiftly(tasks)
+
+    def _carefully(self, tasks: Sequence[Task]) -> Generator[Starting | Judged]:
+        from nsa_verify.device.batch import judge_batch
+
+        for number, task in enumerate(tasks):
+            for place, pair in enumerate(task.pairs):
+                modes, skips = self._applies(task.case, pair)
+                yield Starting(number, place, modes, skips)
+                ((_, _, verdict),) = judge_batch([self._job(task, (pair,))], self._device, careful=True)
+                yield Judged(number, place, (Judgement(verdict, skips),), (MARKS[0].slowest_s(0, 0),))
+
+    def _swiftly(self, tasks: Sequence[Task]) -> Generator[Judged]:
+        from nsa_verify.device.batch import judge_batch
+
+        judged = judge_batch([self._job(task, task.pairs) for task in tasks], self._device)
+        for number, task in enumerate(tasks):
+            judgements, slowest = [], []
+            for place, pair in enumerate(task.pairs):
+                _, _, verdict = next(judged)
+                judgements.append(Judgement(verdict, self._applies(task.case, pair)[1]))
+                slowest.append(MARKS[0].slowest_s(number, place))
+            yield Judged(number, 0, tuple(judgements), tuple(slowest))
+        for _ in judged:
+            raise AssertionError("more verdicts than pairs")
+
+    def _job(self, task: Task, pairs: Iterable[Pair]) -> Job:
+        from nsa_verify.device.batch import Job
+
+        named = [(self._implementations[name], self._executors[executor]) for name, executor in pairs]
+        return Job(task.case, named, task.repeat, task.delay)
+
+    def _applies(self, case: Case, pair: Pair) -> tuple[tuple[Mode, ...], tuple[Skip, ...]]:
+        """The modes of the case that ``pair`` runs, and those that it skips."""
+        implementation, executor = self._implementations[pair[0]], self._executors[pair[1]]
+        modes, skips = [], []
+        for mode in dict.fromkeys(replay.mode for replay in case.replays):
+            reason = executor.not_applicable(implementation, case.setup, mode)
+            if reason is None:
+                modes.append(mode)
+            else:
+                skips.append(Skip(mode, reason, implementation.not_applicable(case.setup, mode) is None))
+        return tuple(modes), tuple(skips)
+
+
+class Place(NamedTuple):
+    """Where a worker finds its engine: the connection, the end of a pipe that closes with the engine, the file of its
+    marks, the file that tells where it died, its working directory, and what of the environment is its own."""
+
+    connection: Connection
+    lifeline: Connection
+    marks: str
+    fault: str
+    cwd: str
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def serve(place: Place) -> None:
+    """Answer requests until the engine closes the connection. Runs in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides when to stop, not the terminal's Ctrl-C
+    _die_with(place.lifeline)
+    _offer_to_the_oom_killer()
+    os.environ.update(place.environment)
+    os.chdir(place.cwd)
+    with open(place.fault, "w", encoding="utf-8") as fault, open(place.marks, "r+b") as file:
+        faulthandler.enable(fault, all_threads=False)
+        faulthandler.register(signal.SIGUSR1, fault, all_threads=False)
+        MARKS[0] = Marks(memoryview(mmap.mmap(file.fileno(), SIZE)))
+        with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+            _answer(place.connection)
+        close()
+
+
+def _answer(connection: Connection) -> None:
+    def say(reply: Reply) -> None:
+        connection.send_bytes(ENCODER.encode(reply))
+
+    desk: Desk | None = None
+    while True:
+        request = REQUESTS.decode(connection.recv_bytes())
+        try:
+            if isinstance(request, Prepare):
+                desk = _prepared(request, say)
+            elif desk is None:
+                say(Broken("a request came before the worker was prepared"))
+            elif isinstance(request, Ask):
+                say(Applicable(desk.applicable(request.case)))
+            else:
+                _judge(desk, request, say)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except BaseException as error:  # noqa: BLE001 - the engine is told, whatever it is
+            _end_if_dead(error, say)
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            say(Broken(f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"))
+
+
+def _prepared(request: Prepare, say: Callable[[Reply], None]) -> Desk | None:
+    from nsa_verify.device.select import DeviceError
+
+    MARKS[0].note(Phase.LOADING)
+    desk, refused = None, None
     try:
-        stable = shrink_round(plan, device, index, shows)
-    except KeyboardInterrupt:
-        stopped = True
-    if not shown:
+        desk = Desk(request.plan)
+        desk.warm_up()
+    except ImplementationError as error:
+        refused = Refused("implementation", str(error))
+    except DeviceError as error:
+        refused = Refused("device", str(error))
+    except ValueError as error:
+        refused = Refused("value", str(error))
+    MARKS[0].note(Phase.IDLE)
+    if refused is not None:
+        say(refused)
         return None
-    # Hypothesis ends with its minimal case, which is what a person would have written; a shrink that was cut short, or
-    # went astray, ends anywhere.
-    case, finding = shown[-1] if stable and not stopped else shown[0]
-    disagreed = sum(_disagrees(case, accused, signature, device) for _ in range(RELIABILITY_RUNS))
-    return ShrinkResult(case, finding, probes, stable, Reliability(disagreed, RELIABILITY_RUNS), stopped)
+    assert desk is not None
+    say(desk.hello)
+    return desk
 
 
-def _disagrees(case: Case, accused: tuple[Implementation, ...], signature: Signature, device: str) -> bool:
-    return judge_case(case, accused, (signature.executor,), device)[0].outcome is Outcome.DISAGREE
+def _judge(desk: Desk, batch: Batch, say: Callable[[Reply], None]) -> None:
+    tasks = 0
+    replies = desk.judge(batch.tasks, batch.careful)
+    for reply in replies:
+        say(reply)
+        if isinstance(reply, Judged) and not batch.careful:
+            tasks += 1
+            if MARKS[0].asked_to_stop or (batch.until and time.time() > batch.until):
+                replies.close()
+                break
+    MARKS[0].take(-1, -1)
+    MARKS[0].note(Phase.IDLE)
+    say(Done(tasks if not batch.careful else len(batch.tasks)))
 
 
-def _count(result: RoundResult, case: Case, verdict: Verdict, judged: Implementation, executor: Executor) -> None:
-    primary = verdict.primary
-    result.tally.count(verdict, eager=verdict.executor == EAGER)
-    if verdict.outcome is Outcome.UNKNOWN:
-        result.unjudged.append(Unjudged(verdict, case))
-    if primary is not None and all(seen.signature != primary.signature for seen in result.seen):
-        result.seen.append(Seen(primary.signature, primary, case, result.cases))
-    for mode in dict.fromkeys(replay.mode for replay in case.replays):
-        cell = Cell()
-        reason = executor.not_applicable(judged, case.setup, mode)
-        unknown = verdict.outcome is Outcome.UNKNOWN
-        if reason is None and (unknown or mode in verdict.modes):
-            cell.cases = 1
-            cell.unknown = int(unknown)
-            cell.disagree = int(primary is not None and primary.mode is mode)
-        else:
-            cell.not_applicable = 1
-            cell.not_capturable = int(reason is not None and judged.not_applicable(case.setup, mode) is None)
-            cell.reasons[reason or verdict.reason] = 1
-        result.matrix.cell(verdict.implementation, verdict.executor, mode).add(cell)
+def _end_if_dead(error: BaseException, say: Callable[[Reply], None]) -> None:
+    if is_death(error):
+        say(Died(str(error)))
+        _end()
 
 
-def _summary(verdict: Verdict) -> str:
-    primary = verdict.primary
-    where = f"{primary.code} {primary.replay} {primary.step} {primary.buffer} {primary.element}" if primary else ""
-    return f"{verdict.implementation} {verdict.executor} {verdict.outcome} {where}"
+def _end() -> NoReturn:
+    """Python's own end would call into a context that is dead."""
+    sys.stdout.flush()
+    os._exit(DEVICE_DIED)
+
+
+def _die_with(lifeline: Connection) -> None:
+    """Have the kernel kill this process when the other end of ``lifeline`` is closed, whatever this one is doing then.
+
+    An engine that is killed leaves no worker behind, not even one that loops with the interpreter's lock held.
+    """
+    descriptor = lifeline.fileno()
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(descriptor, _F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+    if lifeline.poll():  # it was closed before
+        os._exit(1)
+
+
+_F_SETSIG: Final = 10
+"""Linux's; Python names it from 3.14 on."""
+
+
+def _offer_to_the_oom_killer() -> None:
+    """What runs out of memory is a worker, and not its engine."""
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("1000")

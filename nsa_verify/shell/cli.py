@@ -16,11 +16,13 @@ from nsa_verify.core.case import Mode
 from nsa_verify.core.findings import Code, Outcome
 from nsa_verify.core.registry import ImplementationError
 from nsa_verify.engine.corpus import CorpusError, Provenance, check_writable
-from nsa_verify.engine.crew import EngineError
 from nsa_verify.engine.events import Disagreement, Event, RunFinished, RunStarted, StopReason
-from nsa_verify.engine.keeping import keep
+from nsa_verify.engine.inflight import RunFolder, recover
+from nsa_verify.engine.keeping import entry_of, keep
 from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.process import EngineError
 from nsa_verify.engine.search import search
+from nsa_verify.shell import gpus
 from nsa_verify.shell import options as opt
 from nsa_verify.shell.corpus_commands import corpus
 from nsa_verify.shell.doctor import doctor
@@ -55,7 +57,7 @@ def cli() -> None:
     help="Hypothesis settings and number of cases. [default: dev]",
 )
 @click.option("--no-shrink", is_flag=True, help="Keep disagreeing cases as they were drawn.")
-@opt.together(opt.WORKERS, opt.NO_ISOLATION, opt.CORPUS, opt.JSON, opt.NO_COLOR)
+@opt.together(opt.WORKERS, opt.NO_ISOLATION, opt.DEADLINE, opt.MAX_MEMORY, opt.CORPUS, opt.JSON, opt.NO_COLOR)
 def run(
     references: tuple[str, ...],
     only: tuple[str, ...],
@@ -69,6 +71,8 @@ def run(
     no_shrink: bool,
     workers: str,
     no_isolation: bool,
+    deadline: str,
+    max_memory: str,
     corpus: str,
     as_json: bool,
     no_color: bool,
@@ -78,7 +82,7 @@ def run(
     plan = Plan(
         seed=secrets.randbelow(2**32) if seed is None else seed,
         max_examples=max_examples or PROFILES[profile],
-        max_time_s=seconds(max_time),
+        max_time_s=opt.seconds("--max-time", max_time),
         modes=tuple(mode for mode in Mode if mode in modes) or tuple(Mode),
         executors=tuple(dict.fromkeys(executors)),
         device=device,
@@ -86,9 +90,12 @@ def run(
         only=only,
         profile=profile,
         shrink=not no_shrink,
+        isolate=not no_isolation,
+        deadline_s=opt.seconds("--deadline", deadline),
+        memory_bytes=opt.size("--max-memory", max_memory),
     )
     workers_wanted = opt.worker_count(workers, device, no_isolation, plan.rounds)
-    plan = msgspec.structs.replace(plan, workers=workers_wanted)
+    plan = msgspec.structs.replace(plan, workers=workers_wanted, gpus=gpus.placement(gpus.gpus_for(device)))
     reporter = JsonReporter(out, plan) if as_json else TerminalReporter(out, plan)
     raise SystemExit(_run(plan, Path(corpus), GuardedReporter(reporter)))
 
@@ -122,7 +129,7 @@ def _listen(plan: Plan, root: Path, reporter: GuardedReporter) -> tuple[ExitCode
             elif isinstance(event, Disagreement) and event.problem:
                 unsaved.append(event.problem)
     except KeyboardInterrupt:
-        lost = "before the first case was judged" if started is None else "twice: what was not saved yet is lost"
+        lost = "before the first case was judged" if started is None else "twice: the next run saves what is not saved"
         return ExitCode.INTERRUPTED, f"interrupted {lost}"
     assert finished is not None
     assert started is not None
@@ -146,17 +153,27 @@ def _events(plan: Plan, root: Path) -> Iterator[Event]:
         chosen["only"] = ",".join(plan.only)
     device = plan.device
 
-    def kept(found: Disagreement) -> Disagreement:
-        provenance = Provenance(
-            version=__version__, seed=plan.seed, command=_command(), device=device, impl=plan.references
-        )
-        return keep(found, root, provenance)
+    def provenance() -> Provenance:
+        return Provenance(version=__version__, seed=plan.seed, command=_command(), device=device, impl=plan.references)
 
+    left = recover(root)
     try:
-        for event in search(plan, kept, __version__, chosen):
-            if isinstance(event, RunStarted):
-                device = event.device
-            yield event
+        with RunFolder(root) as folder:
+
+            def note(found: Disagreement) -> None:
+                folder.remember(found.signature, entry_of(found, provenance()))
+
+            def kept(found: Disagreement) -> Disagreement:
+                told = keep(found, root, provenance())
+                if told.path is not None:
+                    folder.forget(found.signature)
+                return told
+
+            plan = msgspec.structs.replace(plan, folder=str(folder.path))
+            for event in search(plan, kept, __version__, chosen, note, left):
+                if isinstance(event, RunStarted):
+                    device = event.device
+                yield event
     except DeviceError as error:
         raise Unable(str(error)) from error
 
@@ -186,19 +203,6 @@ def exit_code(finished: RunFinished, started: RunStarted, plan: Plan, unsaved: S
     if idle and (plan.references or plan.only):
         return ExitCode.UNABLE, f"no case was applicable to {', '.join(idle)}; {more}"
     return ExitCode.AGREE, ""
-
-
-def seconds(text: str) -> float:
-    """``90``, ``90s``, ``15m`` or ``6h`` in seconds. Raises ``Unable`` for anything else."""
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
-    try:
-        value = float(number) * unit
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e9:
-        raise Unable(f"--max-time {text}: must be a time such as 90, 90s, 15m or 6h")
-    return value
 
 
 @cli.command()

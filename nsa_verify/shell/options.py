@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from nsa_verify.core.case import Mode
+from nsa_verify.shell import gpus
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -117,7 +117,8 @@ WORKERS = click.option(
     "--workers",
     default="auto",
     metavar="N|auto",
-    help="Worker processes; auto is one per core on the CPU, and one on CUDA. [default: auto]",
+    help="Worker processes; auto is one per core on the CPU, and on CUDA as many as cores and free memory of the GPUs "
+    "allow. [default: auto]",
 )
 CORPUS = click.option(
     "--corpus",
@@ -129,8 +130,47 @@ CORPUS = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output instead of text.")
 NO_COLOR = click.option("--no-color", is_flag=True, help="No colour, also on a terminal.")
 NO_ISOLATION = click.option(
-    "--no-isolation", is_flag=True, help="Run everything in this process (for a debugger); same as --workers 1."
+    "--no-isolation",
+    is_flag=True,
+    help="Run implementations in this very process (for a debugger): a crash or a hang takes it down.",
 )
+DEADLINE = click.option(
+    "--deadline",
+    default="0",
+    metavar="TIME",
+    help="How long a call may be silent before it counts as hung (NV402). [default: adapts to what calls take]",
+)
+MAX_MEMORY = click.option(
+    "--max-memory",
+    default="0",
+    metavar="SIZE",
+    help="How much host memory an implementation may take, such as 900M or 4G, before its worker is ended (NV401)."
+    " [default: a worker's share of half of what is free]",
+)
+
+
+def seconds(option: str, text: str) -> float:
+    """``90``, ``90s``, ``15m`` or ``6h`` in seconds. Raises ``Unable`` for anything else, naming ``option``."""
+    value = _scaled(text, {"s": 1.0, "m": 60.0, "h": 3600.0})
+    if not 0 <= value < 1e9:
+        raise Unable(f"{option} {text}: must be a time such as 90, 90s, 15m or 6h")
+    return value
+
+
+def size(option: str, text: str) -> int:
+    """``900M``, ``4G`` or a number of bytes, in bytes. Raises ``Unable`` for anything else, naming ``option``."""
+    value = _scaled(text, {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30})
+    if not 0 <= value < 1 << 60:
+        raise Unable(f"{option} {text}: must be a size such as 900M or 4G")
+    return int(value)
+
+
+def _scaled(text: str, units: dict[str, float]) -> float:
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
+    try:
+        return float(number) * unit
+    except ValueError:
+        return -1.0
 
 
 def together(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -145,24 +185,18 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def worker_count(text: str, device: str, no_isolation: bool, most: int) -> int:
-    """How many workers ``--workers`` means; never more than ``most``, the number of pieces of work."""
+    """How many workers ``--workers`` means; never more than ``most``, the number of pieces of work.
+
+    On the CPU ``auto`` is one per core, on CUDA ``gpus.worker_budget``; which of them it will be is asked of the driver
+    library, so that no CUDA context is created. Raises ``Unable`` for what is neither a number nor ``auto``.
+    """
     if no_isolation:
         return 1
-    if text == "auto":
-        return max(1, min(len(os.sched_getaffinity(0)), most)) if not _has_cuda(device) else 1
-    if not text.isdigit() or not 1 <= int(text) <= 256:
-        raise Unable(f"--workers {text}: must be a number from 1 to 256, or auto")
-    return max(1, min(int(text), most))
-
-
-def _has_cuda(device: str) -> bool:
-    """Whether the run will be on CUDA; asked of the driver library, so that no context is created."""
-    if device == "cpu":
-        return False
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-        return bool(pynvml.nvmlDeviceGetCount() > 0)
-    except pynvml.NVMLError:
-        return False
+        wanted = gpus.workers_wanted(text)
+    except ValueError as error:
+        raise Unable(f"--workers {text}: {error}") from error
+    if wanted is None:
+        found = gpus.gpus_for(device)
+        wanted = gpus.worker_budget(found) if found else gpus.cores()
+    return max(1, min(wanted, most))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,13 +21,16 @@ import pytest
 if TYPE_CHECKING:
     from nsa_verify.core.case import Case
     from nsa_verify.core.findings import Verdict
-    from nsa_verify.core.implementation import Implementation
-    from nsa_verify.device.driving import Executor
     from nsa_verify.engine.corpus import Entry
+    from nsa_verify.engine.isolation import Inside, Keeper
+    from nsa_verify.engine.messages import Pair
 
 
 PREFIX = "nsa-"
 """What sets our options apart from those of pytest and of other plugins."""
+ENTRIES = "nsa_verify_gpus"
+"""What the pytest process tells each worker process of pytest-xdist: the entries of ``gpus.placement``."""
+_PLACEMENT = pytest.StashKey[tuple[str, ...]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,11 +47,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["eager", "graph", "simulated-graph"],
         help="drive implementations this way only (default: every way that the device has)",
     )
+    group.addoption("--nsa-no-isolation", action="store_true", help="run implementations in this very process")
+    group.addoption(
+        "--nsa-workers", metavar="N|auto", default=None, help="what -n auto means; auto asks GPUs, memory and cores"
+    )
     parser.addini("nsa_corpus", "folder of saved cases, relative to the ini file", default="")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What ``--nsa-corpus`` names is collected wherever it lies, or the part of it that was asked for."""
+    """What ``--nsa-corpus`` names is collected wherever it lies, or the part of it that was asked for.
+
+    A worker process of pytest-xdist binds itself to one GPU before anything is collected.
+    """
+    _pin(config)
     corpus = _corpus(config) if config.getoption("--nsa-corpus") else None
     if corpus is None:
         return
@@ -70,11 +82,77 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 
 
 def pytest_sessionfinish() -> None:
-    """Close the graphs of the cases that were run."""
-    if "nsa_verify.engine.worker" in sys.modules:
-        from nsa_verify.engine.worker import close
+    """End the worker, and close the graphs of the cases that were run."""
+    if "nsa_verify.engine.searcher" in sys.modules:
+        from nsa_verify.engine.searcher import close
 
         close()
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """How many workers the GPUs carry, for ``-n auto``; None leaves it to pytest-xdist.
+
+    ``PYTEST_XDIST_AUTO_NUM_WORKERS``, which pytest-xdist reads, comes first, then ``--nsa-workers`` or
+    ``NSA_VERIFY_WORKERS``, then this hook in a conftest, as it would be without us. We must come before pytest-xdist
+    itself, which always has an answer.
+    """
+    if _corpus(config) is None or os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return None
+    from nsa_verify.shell import gpus
+
+    option = config.getoption("--nsa-workers")
+    text = option or os.environ.get("NSA_VERIFY_WORKERS") or "auto"
+    try:
+        wanted = gpus.workers_wanted(text)
+    except ValueError as error:
+        source = "--nsa-workers " if option else "NSA_VERIFY_WORKERS="
+        raise pytest.UsageError(f"{source}{text}: {error}") from error
+    hooks = config.hook.pytest_xdist_auto_num_workers.get_hookimpls()
+    others = {it.function.__module__ for it in hooks} - {__name__, "xdist.plugin"}
+    if wanted is not None or others:
+        return wanted
+    found = gpus.gpus_for(_wanted_device(config))
+    return gpus.worker_budget(found) if found else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker process on this machine which GPUs there are: one view of their memory, from before the first."""
+    config: pytest.Config = node.config
+    spec = node.gateway.spec
+    if _corpus(config) is None or not spec.popen or "CUDA_VISIBLE_DEVICES" in spec.env:
+        return
+    if _PLACEMENT not in config.stash:
+        from nsa_verify.shell import gpus
+
+        config.stash[_PLACEMENT] = gpus.placement(gpus.gpus_for(_wanted_device(config)))
+    node.workerinput[ENTRIES] = config.stash[_PLACEMENT]
+
+
+def _pin(config: pytest.Config) -> None:
+    told: dict[str, Any] = getattr(config, "workerinput", {})
+    number = re.fullmatch(r"gw(\d+)", told.get("workerid", ""))
+    if number is None or _corpus(config) is None:
+        return
+    from nsa_verify.shell import gpus
+
+    entries = told.get(ENTRIES)
+    if entries is None:
+        entries = gpus.placement(gpus.gpus_for(_wanted_device(config)))
+    with warnings.catch_warnings(record=True) as problems:
+        warnings.simplefilter("always")
+        gpus.pin(int(number[1]), os.environ, entries)
+    for problem in problems:
+        try:
+            config.issue_config_time_warning(pytest.PytestConfigWarning(str(problem.message)), stacklevel=2)
+        except pytest.PytestConfigWarning as error:
+            # Where warnings are errors it would end this worker, and pytest-xdist with an internal error of its own.
+            print(f"{told['workerid']}: {error}", file=sys.stderr)
+
+
+def _wanted_device(config: pytest.Config) -> str:
+    return config.getoption("--nsa-device") or os.environ.get("NSA_VERIFY_DEVICE") or "auto"
 
 
 def _corpus(config: pytest.Config) -> Path | None:
@@ -97,40 +175,46 @@ class SavedCase(pytest.File):
         except CorpusError as error:
             yield DamagedCase.from_parent(self, name=self.path.stem, problem=str(error))
             return
-        device, implementations, executors = _chosen(self.config)
-        idle = True
-        for it in implementations:
-            for executor in executors:
-                if _applies(executor, it, entry.case):
-                    idle = False
-                    way = "" if executor.name == "eager" else f"-{executor.name}"
-                    name = f"{self.path.stem}[{it.name}{way}]"
-                    run = Run(entry, it, executor.name, device)
-                    yield CaseItem.from_parent(self, name=name, run=run)
-        if idle:
+        from nsa_verify.engine.process import EngineError
+
+        try:
+            keeper = _keeper(self.config)
+            pairs = keeper.applicable(entry.case)
+        except EngineError as error:
+            raise self.CollectError(str(error)) from error
+        for pair in pairs:
+            way = "" if pair[1] == "eager" else f"-{pair[1]}"
+            run = Run(entry, pair, keeper)
+            yield CaseItem.from_parent(self, name=f"{self.path.stem}[{pair[0]}{way}]", run=run)
+        if not pairs:
             yield IdleCase.from_parent(self, name=self.path.stem)
 
 
-def _applies(executor: Executor, implementation: Implementation, case: Case) -> bool:
-    return any(executor.not_applicable(implementation, case.setup, replay.mode) is None for replay in case.replays)
-
-
-def _chosen(config: pytest.Config) -> tuple[str, tuple[Implementation, ...], tuple[Executor, ...]]:
-    """The device, and what runs on it by the options."""
+def _keeper(config: pytest.Config) -> Keeper | Inside:
+    """This process's worker, which judges on the device and with the implementations that the options name."""
     from nsa_verify.core.registry import ImplementationError
     from nsa_verify.device.select import DeviceError
-    from nsa_verify.engine.worker import drivers, prepare
+    from nsa_verify.engine.plan import Plan
+    from nsa_verify.engine.searcher import keeper_of
 
-    wanted = config.getoption("--nsa-device") or os.environ.get("NSA_VERIFY_DEVICE") or "auto"
     references, only, executors = (
         tuple(dict.fromkeys(config.getoption(f"--nsa-{name}"))) for name in ("impl", "only", "executor")
     )
+    plan = Plan(
+        device=_wanted_device(config),
+        references=references,
+        only=only,
+        executors=executors,
+        workers=int(getattr(config, "workerinput", {}).get("workercount", 1)),
+        isolate=not config.getoption("--nsa-no-isolation"),
+    )
     try:
-        device, implementations = prepare(wanted, references, only)
-        return device, implementations, drivers(device, executors)
+        keeper = keeper_of(plan)
+        keeper.hello()
     except (ImplementationError, DeviceError) as error:
         # A sentence of this exception is shown without a traceback.
         raise pytest.Collector.CollectError(re.sub("^--", "--" + PREFIX, str(error))) from error
+    return keeper
 
 
 class CaseFailed(Exception):
@@ -145,9 +229,8 @@ class Run(NamedTuple):
     """What one item does."""
 
     entry: Entry
-    implementation: Implementation
-    executor: str
-    device: str
+    pair: Pair
+    keeper: Keeper | Inside
 
 
 class CaseItem(pytest.Item):
@@ -160,12 +243,15 @@ class CaseItem(pytest.Item):
     def runtest(self) -> None:
         """Judge the case."""
         from nsa_verify.core.findings import Outcome
-        from nsa_verify.engine.worker import judge_case
+        from nsa_verify.engine.messages import Task
 
-        entry, implementation, executor, device = self._run
-        for verdict in judge_case(entry.case, (implementation,), (executor,), device):
-            if verdict.outcome is not Outcome.AGREE:
-                raise CaseFailed(entry.case, verdict)
+        entry, pair, keeper = self._run
+        if entry.before:
+            keeper.renew()
+        cases = (*entry.before, entry.case)
+        verdict = keeper.judge([Task(case, (pair,)) for case in cases]).judgements[-1][0].verdict
+        if verdict.outcome is not Outcome.AGREE:
+            raise CaseFailed(entry.case, verdict)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
         """The case and the first difference, instead of a traceback through the checker."""

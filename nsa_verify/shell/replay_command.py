@@ -11,10 +11,10 @@ from rich.console import Console
 from nsa_verify.core.findings import Outcome
 from nsa_verify.core.registry import ImplementationError
 from nsa_verify.engine.corpus import CorpusError, scan
-from nsa_verify.engine.crew import EngineError
+from nsa_verify.engine.messages import Hello
 from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.process import EngineError
 from nsa_verify.engine.replaying import Replayed, Status, replay_saved
-from nsa_verify.engine.worker import Hello
 from nsa_verify.shell import options as opt
 from nsa_verify.shell.options import ExitCode, Unable
 from nsa_verify.shell.render import case_lines, counted, finding_lines, json_text, title
@@ -26,7 +26,17 @@ _STYLES = {Status.FIXED: "green", Status.FAILED: "bold red", Status.ERROR: "bold
 @click.command()
 @click.argument("path", required=False)
 @opt.together(
-    opt.IMPL, opt.ONLY, opt.EXECUTOR, opt.DEVICE, opt.WORKERS, opt.NO_ISOLATION, opt.CORPUS, opt.JSON, opt.NO_COLOR
+    opt.IMPL,
+    opt.ONLY,
+    opt.EXECUTOR,
+    opt.DEVICE,
+    opt.WORKERS,
+    opt.NO_ISOLATION,
+    opt.DEADLINE,
+    opt.MAX_MEMORY,
+    opt.CORPUS,
+    opt.JSON,
+    opt.NO_COLOR,
 )
 def replay(
     path: str | None,
@@ -36,6 +46,8 @@ def replay(
     device: str,
     workers: str,
     no_isolation: bool,
+    deadline: str,
+    max_memory: str,
     corpus: str,
     as_json: bool,
     no_color: bool,
@@ -54,7 +66,14 @@ def replay(
             raise Unable(f"{path or corpus}: holds no saved case; nothing was tested")
         count = opt.worker_count(workers, device, no_isolation, 1 + len(paths) // 20)
         plan = Plan(
-            device=device, references=references, only=only, executors=tuple(dict.fromkeys(executors)), workers=count
+            device=device,
+            references=references,
+            only=only,
+            executors=tuple(dict.fromkeys(executors)),
+            workers=count,
+            isolate=not no_isolation,
+            deadline_s=opt.seconds("--deadline", deadline),
+            memory_bytes=opt.size("--max-memory", max_memory),
         )
         results: list[Replayed] = []
         interrupted = False

@@ -22,6 +22,7 @@ from nsa_verify.engine.events import (
     Disagreement,
     DisagreementSeen,
     Event,
+    Recovered,
     RoundFinished,
     RunFinished,
     RunStarted,
@@ -126,6 +127,8 @@ class TerminalReporter:
             case WorkersReady():
                 self._start_up_s = event.seconds
                 self._begin_progress()
+            case Recovered():
+                self._recovered(event)
             case RoundFinished():
                 self._advance(event)
             case DisagreementSeen():
@@ -155,6 +158,19 @@ class TerminalReporter:
         self._line(f"seed {event.seed}; {'; '.join(f'{name} {value}' for name, value in event.options.items())}")
         names = [subject.name for subject in event.subjects]
         self._line(f"{counted(len(names), 'implementation')}: {', '.join(names)}")
+
+    def _recovered(self, event: Recovered) -> None:
+        for path in event.saved:
+            self._line(f"recovered {path}: an earlier run reported it and was killed", "yellow")
+        if event.judged:
+            self._line(f"recovered {counted(event.judged, 'case')} in flight when a run was killed: judged again first")
+        if event.waiting:
+            missing = ", ".join(event.missing)
+            self._line(
+                f"{counted(event.waiting, 'case')} in flight when a run was killed: waiting for {missing} (--impl)"
+            )
+        for problem in event.problems:
+            self._line(problem, "yellow")
 
     def _begin_progress(self) -> None:
         if self._out.is_terminal and self._started is not None:
@@ -217,6 +233,10 @@ class TerminalReporter:
             f"{counted(event.cases, 'case')} in {event.seconds:.1f} s ({rate:.1f} cases/s,"
             f" after {self._start_up_s:.1f} s to start), {event.stop}; digest {event.digest}"
         )
+        if event.replaced:
+            self._line(
+                f"{counted(event.replaced, 'worker')} died and {'was' if event.replaced == 1 else 'were'} replaced"
+            )
         unknown = event.matrix.total(Outcome.UNKNOWN)
         if unknown:
             self._line(f"{counted(unknown, 'verdict')} unknown", "bold red")
@@ -279,6 +299,8 @@ class JsonReporter:
                 self._document["findings"].append(finding)
             case CheckFailed():
                 self._document["unknown"].append(event)
+            case Recovered():
+                self._document["recovered"] = msgspec.to_builtins(event)
             case RunFinished():
                 self._finish(event)
             case _:
@@ -296,5 +318,5 @@ class JsonReporter:
             matrix.setdefault(implementation, {}).setdefault(executor, {})[str(mode)] = cell
         rate = event.cases / event.seconds if event.seconds else 0.0
         self._document |= {"matrix": matrix, "cases": event.cases, "seconds": event.seconds, "cases_per_s": rate}
-        self._document |= {"stop": str(event.stop), "digest": event.digest}
+        self._document |= {"stop": str(event.stop), "digest": event.digest, "replaced": event.replaced}
         self._document |= {"fallbacks": event.tally.fallbacks, "compile_keys": event.tally.compile_keys}

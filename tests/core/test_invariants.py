@@ -8,8 +8,9 @@ from random import Random
 import pytest
 
 from nsa_verify import Case, CtxLens, Mode, Replay, Request, Setup, SlotKind
+from nsa_verify.core.case import slot
 from nsa_verify.core.invariants import Violation, content_of, violations
-from nsa_verify.core.oracle import expect
+from nsa_verify.core.oracle import batch, expect
 
 SETUP = Setup(
     num_draft_tokens=3, page_size=16, table_width=40, pool_width=48, pool_rows=2, buckets=(3,), ctx_lens=CtxLens.OWN
@@ -73,6 +74,48 @@ def test_a_table_cell_that_is_no_slot_of_the_request(buffer: str) -> None:
 def test_a_page_that_was_not_divided() -> None:
     slot = expect(CASE, 0).buffers["page_table_1"][0].values[16]
     assert [found.buffer for found in _corrupted("real_page_table", 0, 1, slot)] == ["real_page_table"]
+
+
+@pytest.mark.parametrize("buffer", ["page_table_1", "real_page_table"])
+def test_rows_that_are_one_object_are_held_to_their_own_requests(buffer: str) -> None:
+    content = content_of(expect(CASE, 0))
+    shared = content[buffer][0][:1]
+    content[buffer] = [shared] * len(content[buffer])
+    found = [(it.row, it.column) for it in violations(CASE, 0, content) if it.buffer == buffer]
+    assert found == [(3, 0)], "rows 0..2 are those of request 0, row 3 is the first of request 1 on another pool row"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_cells_that_are_refused_are_those_nowhere_in_the_row(
+    seed: int, random_case: Callable[[Random], Case]
+) -> None:
+    """Any slot of the row is one that a consumer may read, also in another column and past the table's width."""
+    rng, refused = Random(seed), 0
+    for _ in range(150):
+        case = random_case(rng)
+        replay, setup = case.replays[0], case.setup
+        expected = expect(case, 0)
+        for name, page in (("page_table_1", 1), ("real_page_table", setup.page_size)):
+            rows = [row for row, it in enumerate(expected.buffers.get(name, ())) if it.live]
+            if not rows:
+                continue
+            row = rng.choice(rows)
+            column = rng.randrange(expected.buffers[name][row].live)
+            pool_row = batch(case, 0).pool_rows[owner_of(case, row)]
+            here, anywhere = (slot(setup, replay, it, rng.randrange(setup.pool_width)) for it in (pool_row, 0))
+            value = rng.choice([here // page, anywhere // page, here, here // page + 1, 0, -1])
+            allowed = {slot(setup, replay, pool_row, it) // page for it in range(setup.pool_width)}
+            found = [it for it in _corrupted(name, row, column, value, case) if it.buffer == name]
+            assert [(it.row, it.column) for it in found] == [(row, column)] * (value not in allowed)
+            refused += len(found)
+    assert refused > 30
+
+
+def owner_of(case: Case, row: int) -> int:
+    """The request that an expanded row belongs to."""
+    given = batch(case, 0)
+    rows = [1] * given.bucket if given.mode is Mode.DECODE else given.accept_lens
+    return next(request for request in range(given.bucket) if sum(rows[: request + 1]) > row)
 
 
 def test_table_rows_of_a_ragged_batch_belong_to_the_request_that_accepted_them() -> None:

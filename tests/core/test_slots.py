@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from nsa_verify import Replay, Setup, SlotKind
-from nsa_verify.core.case import PAGE_SIZES, SLOT_MODULUS, row_slots, slot
+from nsa_verify.core.case import PAGE_SIZES, SLOT_MODULUS, row_pages, row_slots, slot
 
 KINDS = list(SlotKind)
 
@@ -35,6 +35,21 @@ def test_intermediate_products_fit_the_64_bit_arithmetic_of_the_device_side() ->
     scattered = row * 1_103_515_245 + column * 1_597_334_677 + seed * 747_796_405
     assert slot(setup, Replay(slots=SlotKind.SCATTERED, pool_seed=seed), row, column) == scattered % SLOT_MODULUS
     assert scattered < 2**53
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("page", PAGE_SIZES)
+@pytest.mark.parametrize("rows", [1, 1 << 20])
+def test_rows_are_slot_for_slot_those_of_the_formula(kind: SlotKind, page: int, rows: int) -> None:
+    for width in (1, page, 2 * page - 1, 300, 700):
+        setup = Setup(
+            page_size=page, pool_rows=rows, pool_width=max(width, (1 << 20) * (rows > 1)), table_width=1, fill_seq_len=0
+        )
+        for seed, row in ((0, 0), (9, rows - 1), (65_535, rows // 2)):
+            replay = Replay(slots=kind, pool_seed=seed)
+            expected = tuple(slot(setup, replay, row, column) for column in range(width))
+            assert row_slots(setup, replay, row, width) == expected
+            assert row_pages(setup, replay, row, width) == tuple(value // page for value in expected[::page])
 
 
 @pytest.mark.parametrize("page", PAGE_SIZES)

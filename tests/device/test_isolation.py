@@ -14,7 +14,7 @@ from helpers import draw_many
 
 from nsa_verify import Case, Code, Implementation, Mode, Outcome, Replay, ReplayInputs, Request, Setup, Verdict, verify
 from nsa_verify.core.oracle import Expectation, Row, expect
-from nsa_verify.device import judge
+from nsa_verify.device import comparing, judge
 from nsa_verify.device.rig import Rig, close_rigs, rig_for
 from nsa_verify.device.select import resolve
 from nsa_verify.strategies import replays
@@ -149,7 +149,7 @@ def _spoilt(_: ReplayInputs, steps: Steps, __: Setup) -> None:
 
 CHECKER_FAULTS = {
     "diagnose": (judge, "diagnose"),
-    "paint": (judge, "paint"),
+    "paint": (comparing, "paint"),
     "expect": (judge, "expect"),
     "violations": (judge, "violations"),
     "rig_for": (judge, "rig_for"),

@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from conftest import NO_GPU
 from device.subjects import Steps, capturable
+from triton.runtime.jit import JITFunction
 
 from nsa_verify import Case, Code, Mode, Outcome, Replay, ReplayInputs, Request, Setup, verify
-from nsa_verify.device.launches import CompileKey, compile_key, intercepted
+from nsa_verify.core.marks import MARKS, Phase, note
+from nsa_verify.device.launches import CompileKey, announce_compilations, compile_key, intercepted
 from nsa_verify.device.recompiling import Served, growth
 
 DEVICE = "cpu" if NO_GPU else "cuda"
@@ -195,3 +197,27 @@ def test_arguments_may_vary() -> None:
     verdict = verify(case((7,), (9, 16, 1, 32)), capturable(_by_setup))
     assert verdict.outcome is Outcome.AGREE
     assert verdict.compile_keys
+
+
+@pytest.mark.skipif(not NO_GPU, reason="it stays for as long as the process")
+def test_a_compilation_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    phases: list[Phase] = []
+
+    def compiles(_: object, fails: bool) -> str:
+        phases.append(MARKS[0].read().phase)
+        if fails:
+            raise RuntimeError("does not compile")
+        return "compiled"
+
+    monkeypatch.setattr(JITFunction, "_do_compile", compiles)
+    for _ in range(2):
+        announce_compilations()  # once is enough
+    note(Phase.CALLING, 1)
+    beat = MARKS[0].read().beat
+    assert JITFunction._do_compile(None, False) == "compiled"
+    assert MARKS[0].read()[3:] == (Phase.CALLING, 1)
+    assert MARKS[0].read().beat == beat + 2
+    with pytest.raises(RuntimeError, match="does not compile"):
+        JITFunction._do_compile(None, True)
+    assert MARKS[0].read()[3:] == (Phase.CALLING, 1)
+    assert phases == [Phase.COMPILING] * 2

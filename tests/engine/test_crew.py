@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from nsa_verify.engine import crew as module
-from nsa_verify.engine import worker
-from nsa_verify.engine.crew import Crew, EngineError
+from nsa_verify.engine import searcher
+from nsa_verify.engine.crew import TRIES, Crew
+from nsa_verify.engine.process import EngineError
 
 
 @pytest.fixture(name="usual_ctrl_c")
@@ -44,9 +45,30 @@ def test_several_workers_are_others_and_hear_no_ctrl_c() -> None:
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_a_worker_that_dies_is_one_sentence() -> None:
-    with pytest.raises(EngineError, match="died while it ran a case; run again with --workers 1"), Crew(2) as crew:
-        crew.submit(os._exit, 3).result()
+DIE = """
+import os, signal
+from pathlib import Path
+with open({diary!r}, "a") as file:
+    file.write("x")
+if Path({diary!r}).stat().st_size <= {times}:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+"""Takes its process down, the first so many times. Source, because a searcher does not import tests."""
+
+
+def test_work_whose_searcher_is_killed_is_begun_again(tmp_path: Path) -> None:
+    diary = tmp_path / "diary"
+    with Crew(2) as crew:
+        promise = crew.submit(exec, DIE.format(diary=str(diary), times=TRIES - 1))
+        assert crew.wait([promise]) == {promise}
+        assert crew.result(promise) is None
+        assert crew.submit(abs, -1).result() == 1
+    assert diary.read_text() == "x" * TRIES
+
+
+def test_searchers_that_are_killed_again_and_again_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="were killed 3 times; see whether memory runs out here"), Crew(2) as crew:
+        crew.result(*crew.wait([crew.submit(exec, DIE.format(diary=str(tmp_path / "diary"), times=TRIES))]))
 
 
 def test_a_worker_that_outstays_ctrl_c_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,12 +88,11 @@ def test_ctrl_c_between_two_pieces_of_work_is_kept_for_later(usual_ctrl_c: None)
         crew._up = True
         signal.raise_signal(signal.SIGINT)
         assert crew.interrupted
-        with pytest.raises(KeyboardInterrupt):
-            worker.stop_if_asked()
+        assert searcher.stopping()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    worker.stop_if_asked()
+    assert not searcher.stopping()
     with Crew(1) as crew:
         assert not crew.interrupted
 
@@ -92,7 +113,7 @@ def test_who_handles_ctrl_c_himself_keeps_his_handler(usual_ctrl_c: None) -> Non
 
 ENGINE = """
 import time
-from nsa_verify.engine.crew import Crew
+from nsa_verify.engine.crew import TRIES, Crew
 
 if __name__ == "__main__":
     with Crew(2) as crew:

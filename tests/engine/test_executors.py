@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -10,12 +10,15 @@ import pytest
 from shell.commands import executor_of_another_device, graph_executor, registry_of_its_own
 
 from nsa_verify import Case, Code, Mode, Outcome, Replay, Request, Setup, fallback, implementation
-from nsa_verify.core.findings import Finding, Signature, Verdict
+from nsa_verify.core.findings import Finding, Verdict
 from nsa_verify.device import rig
+from nsa_verify.device.batch import Job
 from nsa_verify.device.select import DeviceError
-from nsa_verify.engine import worker
+from nsa_verify.engine import searcher, worker
 from nsa_verify.engine.crew import Crew
 from nsa_verify.engine.events import Cell, RunStarted, Tally
+from nsa_verify.engine.isolation import Inside
+from nsa_verify.engine.messages import Hello
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.search import search
 
@@ -30,8 +33,8 @@ def _registry() -> Iterator[None]:
 
 def test_all_of_the_device_unless_named() -> None:
     graph = graph_executor()
-    assert worker.hello(Plan()).executors == ("eager", graph)
-    assert worker.hello(Plan(executors=(graph,))).executors == (graph,)
+    assert searcher.hello(Plan()).executors == ("eager", graph)
+    assert searcher.hello(Plan(executors=(graph,))).executors == (graph,)
     started = next(search(Plan(only=("vectorized",)), lambda found: found, "1.0", {"executors": "", "a": "b"}))
     assert isinstance(started, RunStarted)
     assert started.executors == ("eager", graph)
@@ -61,31 +64,30 @@ def test_verdicts_come_for_every_executor() -> None:
 def test_some_cases_are_judged_thoroughly_and_every_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     how: list[tuple[bool, bool]] = []
 
-    def judge(
-        case: Case, subjects: Any, executors: Any, device: str, repeat: bool = True, delay: bool = True
-    ) -> list[Verdict]:
-        how.append((repeat, delay))
+    def judge(jobs: Sequence[Job], device: str, careful: bool = False) -> Iterator[tuple[int, int, Verdict]]:
         finding = Finding(implementation="vectorized", executor="eager", code=Code.MOVED, replay=0, mode=Mode.DECODE)
         verdict = Verdict(implementation="vectorized", executor="eager", outcome=Outcome.DISAGREE, findings=(finding,))
-        return [verdict]
+        for number, job in enumerate(jobs):
+            how.append((job.repeat, job.delay))
+            yield number, 0, verdict
 
-    monkeypatch.setattr(worker, "judge_case", judge)
+    monkeypatch.setattr("nsa_verify.device.batch.judge_batch", judge)
     plan = Plan(max_examples=10, only=("vectorized",), executors=("eager",))
-    result = worker.run_round(plan, 0)
+    (result,) = searcher.run_rounds(plan, [0])
     assert [repeat for repeat, _ in how] == [True, False] * 5
     assert [number for number, (_, delay) in enumerate(how) if delay] == [5]
     assert [seen.signature.code for seen in result.seen] == [Code.MOVED]
     how.clear()
-    assert worker.shrink(plan, 0, Signature("vectorized", "eager", Code.MOVED)) is not None
-    worker.judge_saved(plan, CASE)
-    assert len(how) > worker.RELIABILITY_RUNS
+    assert searcher.shrink(plan, 0, result.seen[0]) is not None
+    searcher.judge_saved(plan, CASE)
+    assert len(how) > searcher.RELIABILITY_RUNS
     assert set(how) == {(True, True)}
 
 
 def test_what_the_executor_alone_refuses_is_counted_apart() -> None:
     graph = graph_executor()
     plan = Plan(seed=1, max_examples=10, only=("vectorized",), modes=(Mode.DRAFT_EXTEND,))
-    cells = worker.run_round(plan, 0).matrix.cells
+    cells = searcher.run_rounds(plan, [0])[0].matrix.cells
     eager, captured = (cells["vectorized", executor, Mode.DRAFT_EXTEND] for executor in ("eager", graph))
     assert (eager.cases, eager.not_capturable) == (10, 0)
     assert captured == Cell(not_applicable=10, not_capturable=10, reasons={"declared not capturable": 10})
@@ -139,11 +141,10 @@ def test_what_was_kept_is_closed_however_the_work_ends(monkeypatch: pytest.Monke
     plan = Plan(max_examples=3, only=("vectorized",))
     list(search(plan, lambda found: found, "1.0", {}))
     assert not rig._RIGS
-    device, subjects = worker.prepare("auto", (), ("vectorized",))
 
     def judge_and(error: type[BaseException]) -> None:
         with Crew(1) as crew:
-            crew.submit(worker.judge_case, CASE, subjects, (), device).result()
+            crew.submit(searcher.judge_saved, plan, CASE).result()
             assert rig._RIGS
             raise error
 
@@ -160,9 +161,10 @@ def test_cases_are_drawn_for_the_device_that_was_settled(monkeypatch: pytest.Mon
         asked.append(device)
         return False
 
-    monkeypatch.setattr(worker, "prepare", lambda *_: ("cuda", ()))
-    monkeypatch.setattr(worker, "draw_round", record)
-    monkeypatch.setattr(worker, "shrink_round", record)
-    worker.run_round(Plan(), 0)
-    assert worker.shrink(Plan(), 0, Signature("vectorized", "eager", Code.MOVED)) is None
+    monkeypatch.setattr(Inside, "hello", lambda _: Hello("cuda", "a GPU", (), ("eager",)))
+    monkeypatch.setattr(searcher, "draw_round", record)
+    monkeypatch.setattr(searcher, "shrink_round", record)
+    searcher.run_rounds(Plan(), [0])
+    finding = Finding(implementation="vectorized", executor="eager", code=Code.MOVED, replay=0, mode=Mode.DECODE)
+    assert searcher.shrink(Plan(), 0, searcher.Seen(finding.signature, finding, CASE, 0)) is None
     assert asked == ["cuda", "cuda"]

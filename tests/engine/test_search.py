@@ -10,10 +10,10 @@ import msgspec
 import pytest
 from shell.commands import registry_of_its_own, written
 
-from nsa_verify import Case, Implementation, Mode, Outcome, Replay, Request, Setup
+from nsa_verify import Case, Mode, Outcome, Replay, Request, Setup
 from nsa_verify.core.registry import ImplementationError
 from nsa_verify.engine import search as module
-from nsa_verify.engine import worker
+from nsa_verify.engine import searcher
 from nsa_verify.engine.events import (
     CheckFailed,
     Disagreement,
@@ -31,7 +31,7 @@ from nsa_verify.engine.events import (
 )
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.search import search
-from nsa_verify.engine.worker import RoundResult, Seen
+from nsa_verify.engine.searcher import RoundResult, Seen
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -124,17 +124,20 @@ def test_the_minimal_case_does_not_depend_on_who_else_is_judged(plan: Plan, told
 def test_the_first_round_that_shows_a_signature_is_the_one_shrunk(told: Told) -> None:
     seen = told[1][0]
     state = module._State()
+    noted: list[Disagreement] = []
     for index in (3, 1, 2):
         case = Case(Setup(), (Replay(requests=(Request(seq_len=1 + index),)),))
         first = Seen(seen.signature, seen.finding, case, 0)
-        list(module._round(state, RoundResult(index, 1, Matrix(), Tally(), [first], [], f"d{index}", 0.0)))
+        result = RoundResult(index, 1, Matrix(), Tally(), [first], [], {"a eager": f"d{index}"})
+        list(module._round(state, result, noted.append))
     index, kept = state.first[seen.signature]
     assert (index, kept.case.replays[0].requests[0].seq_len) == (1, 2)
-    assert state.digests == {1: "d1", 2: "d2", 3: "d3"}
+    assert [it["a eager"] for _, it in sorted(state.digests.items())] == ["d1", "d2", "d3"]
+    assert [it.case.replays[0].requests[0].seq_len for it in noted] == [4]
 
 
 def test_what_is_not_seen_again_is_kept_as_it_was_drawn(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "shrink_round", lambda *_: True)
+    monkeypatch.setattr(searcher, "shrink_round", lambda *_: True)
     (found,) = _events(msgspec.structs.replace(plan, max_examples=20))[1]
     assert (found.shrunk, found.reliability.runs) == (False, 0)
     assert found.note == "its round, run again, agreed: the case is kept as it was drawn"
@@ -160,13 +163,13 @@ def test_what_cannot_be_loaded_is_raised_before_any_event() -> None:
 
 def test_who_listens_no_longer_stops_the_search(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds: list[int] = []
-    real = worker.run_round
+    real = searcher.run_rounds
 
-    def counted(plan: Plan, index: int, deadline: float = 0.0) -> Any:
-        rounds.append(index)
-        return real(plan, index, deadline)
+    def counted(plan: Plan, indices: range, *more: Any) -> Any:
+        rounds.extend(indices)
+        return real(plan, indices, *more)
 
-    monkeypatch.setattr(module, "run_round", counted)
+    monkeypatch.setattr(module, "run_rounds", counted)
     for event in search(plan, lambda found: found, "1.0", {}):
         if isinstance(event, RoundFinished):
             break
@@ -174,13 +177,9 @@ def test_who_listens_no_longer_stops_the_search(plan: Plan, monkeypatch: pytest.
 
 
 def test_reasons_are_those_of_the_mode(plan: Plan) -> None:
-    device, implementations = worker.prepare("auto", plan.references, ("short-top-k",))
-    mine: Implementation = implementations[0]
+    plan = msgspec.structs.replace(plan, only=("short-top-k",))
     replays = (Replay(requests=(Request(),)), Replay(mode=Mode.TARGET_VERIFY, requests=(Request(),)))
     case = Case(Setup(), replays)
-    result = RoundResult(0, 0, Matrix(), Tally(), [], [], "", 0.0)
-    (verdict,) = worker.judge_case(case, (mine,), ("eager",), device)
-    (eager,) = worker.drivers(device, ("eager",))
-    worker._count(result, case, verdict, mine, eager)
+    result = searcher.judge_again(plan, case)
     assert result.matrix.cells["short-top-k", "eager", Mode.DECODE].cases == 1
     assert result.matrix.cells["short-top-k", "eager", Mode.TARGET_VERIFY].reasons == {"mode not declared": 1}

@@ -10,6 +10,7 @@ import pytest
 from nsa_verify.core import implementation as registry
 from nsa_verify.core.registry import load_builtin
 from nsa_verify.device import graph, rig
+from nsa_verify.engine import searcher
 from nsa_verify.engine.worker import prepare
 
 
@@ -21,6 +22,7 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     prepare.cache_clear()
     yield
+    searcher.close()
     prepare.cache_clear()
     rig.close_rigs()
     assert graph.CapturedGraph.open_graphs == 0

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from nsa_verify import Case, Code, Mode, Replay, Request, Setup
 from nsa_verify.core import implementation as declaring
 from nsa_verify.core.registry import load_builtin
-from nsa_verify.engine import worker
+from nsa_verify.engine import searcher, worker
 from nsa_verify.engine.corpus import Entry, Kind, Provenance, SavedFinding, save
 from nsa_verify.shell.cli import cli
 
@@ -69,6 +69,7 @@ def registry_of_its_own() -> Iterator[None]:
     """What is registered inside is forgotten afterwards."""
     load_builtin()
     before = declaring.registered()
+    searcher.close()
     worker.prepare.cache_clear()
     try:
         yield
@@ -77,6 +78,7 @@ def registry_of_its_own() -> Iterator[None]:
             del sys.modules[name]
         declaring._registered.clear()
         declaring._registered.update(before)
+        searcher.close()
         worker.prepare.cache_clear()
 
 

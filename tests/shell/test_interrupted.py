@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import pytest
 from shell.commands import invoke, saved, written
 
 from nsa_verify import Implementation
-from nsa_verify.engine import worker
+from nsa_verify.device import batch
+from nsa_verify.engine import searcher
 from nsa_verify.engine.corpus import load, scan
 from nsa_verify.engine.plan import ROUND_CASES
 
 FOUND = (
     *("run", "--impl", "mine.py", "--only", "short-top-k", "--mode", "decode", "--executor", "eager"),
-    *("-n", 40, "--seed", 7, "-w", 1),
+    *("-n", 40, "--seed", 7, "-w", 1, "--no-isolation"),
 )
 
 
@@ -32,20 +33,22 @@ def _usual_ctrl_c() -> Iterator[None]:
 
 def _press_ctrl_c_after(monkeypatch: pytest.MonkeyPatch, cases: int) -> None:
     """Ctrl-C while a case is judged, once that many were."""
-    judge, judged = worker.judge_case, 0
+    judge, judged = batch.judge_batch, 0
 
-    def judge_and_press(*arguments: Any) -> Any:
+    def judge_and_press(jobs: Sequence[batch.Job], *more: Any, **how: Any) -> Any:
         nonlocal judged
-        judged += 1
-        if judged == cases + 1:
-            monkeypatch.setattr(Implementation, "not_applicable", press)
-        return judge(*arguments)
+        for number, job in enumerate(jobs):
+            judged += 1
+            if judged == cases + 1:
+                monkeypatch.setattr(Implementation, "not_applicable", press)
+            for _, pair, verdict in judge([job], *more, **how):
+                yield number, pair, verdict
 
     def press(*_: object) -> None:
         monkeypatch.undo()
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(worker, "judge_case", judge_and_press)
+    monkeypatch.setattr(batch, "judge_batch", judge_and_press)
 
 
 def test_while_cases_are_drawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +73,7 @@ def test_while_a_case_is_shrunk(folder: Path) -> None:
     assert "\n40 cases in " in done.stdout
     assert "; the shrink was interrupted\n" in done.stdout
     (path,) = scan(folder / "corpus")
-    assert load(path).provenance.attempts == worker.RELIABILITY_RUNS
+    assert load(path).provenance.attempts == searcher.RELIABILITY_RUNS
 
 
 def test_json_holds_what_was_found(folder: Path) -> None:
@@ -87,7 +90,7 @@ def test_before_the_first_case(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     def press(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(worker, "hello", press)
+    monkeypatch.setattr(searcher, "hello", press)
     done = invoke("run", "--only", "vectorized", "-n", 3, "-w", 1)
     assert (done.exit_code, done.stdout) == (130, "")
     assert done.stderr == "interrupted before the first case was judged\n"
@@ -112,7 +115,7 @@ def test_while_saved_cases_are_replayed(folder: Path) -> None:
         saved(folder, seq_len)
     with pytest.MonkeyPatch.context() as patch:
         _press_ctrl_c_after(patch, 2)
-        done = invoke("replay", "--only", "vectorized")
+        done = invoke("replay", "--only", "vectorized", "--no-isolation")
     assert (done.exit_code, done.stderr) == (130, "")
     assert done.stdout.endswith("2 FIXED, 0 FAILED, 0 ERROR; interrupted, 1 not judged\n")
 
@@ -130,5 +133,5 @@ def test_a_second_time(folder: Path) -> None:
         patch.setattr("nsa_verify.shell.reporter.TerminalReporter._show", press)
         done = invoke(*FOUND)
     assert (done.exit_code, len(pressed)) == (130, 2)
-    assert done.stderr == "interrupted twice: what was not saved yet is lost\n"
+    assert done.stderr == "interrupted twice: the next run saves what is not saved\n"
     assert len(list(scan(folder / "corpus"))) == 1

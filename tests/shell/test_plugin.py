@@ -20,7 +20,7 @@ from shell.commands import (
 
 from nsa_verify.core.registry import load, load_builtin
 from nsa_verify.engine.plan import ROUND_CASES, Plan
-from nsa_verify.engine.worker import run_round
+from nsa_verify.engine.searcher import run_rounds
 
 pytest_plugins = ("pytester",)
 
@@ -88,7 +88,7 @@ def test_graphs_are_closed_when_the_session_ends(inner: pytest.Pytester) -> None
         "def pytest_sessionfinish():\n"
         "    print('kept', len(rig._RIGS))\n"
     )
-    result = _run(inner, "--nsa-corpus", "corpus", "--nsa-only", "vectorized", "-s")
+    result = _run(inner, "--nsa-corpus", "corpus", "--nsa-only", "vectorized", "-s", "--nsa-no-isolation")
     result.assert_outcomes(passed=2)
     result.stdout.re_match_lines([".*kept [1-9]"])
     assert not rig._RIGS
@@ -151,7 +151,7 @@ def test_an_unknown_verdict_fails(inner: pytest.Pytester, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Judge, "_check_oracle", lambda _: "the oracle contradicts itself")
     saved(inner.path)
-    result = _run(inner, "--nsa-corpus", "corpus", "--nsa-only", "vectorized", *EAGER)
+    result = _run(inner, "--nsa-corpus", "corpus", "--nsa-only", "vectorized", *EAGER, "--nsa-no-isolation")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["unknown: the oracle contradicts itself"])
 
@@ -220,12 +220,12 @@ import json, os
 from pathlib import Path
 import pytest
 from nsa_verify.engine.plan import ROUND_CASES, Plan
-from nsa_verify.engine.worker import run_round
+from nsa_verify.engine.searcher import run_rounds
 
 @pytest.mark.parametrize("index", range(2))
 def test_round(index):
-    result = run_round(Plan(seed=11, max_examples=ROUND_CASES + 4, only=("vectorized",)), index)
-    told = [result.digest, os.environ["PYTEST_XDIST_WORKER"]]
+    (result,) = run_rounds(Plan(seed=11, max_examples=ROUND_CASES + 4, only=("vectorized",)), [index])
+    told = [result.digests, os.environ["PYTEST_XDIST_WORKER"]]
     Path(f"round{index}.json").write_text(json.dumps(told))
 """
 
@@ -248,35 +248,8 @@ def test_two_pytest_workers_see_what_one_process_sees(folder: Path) -> None:
     wanted = [f"{stem}[{name}]" for stem in stems for name in names]
     assert passed == {worker: [*wanted, "test_round[0]", "test_round[1]"] for worker in passed}
     with registry_of_its_own():
-        digests = [run_round(PLAN, index).digest for index in range(PLAN.rounds)]
+        digests = [run_rounds(PLAN, [index])[0].digests for index in range(PLAN.rounds)]
     assert digests == [json.loads((folder / f"round{index}.json").read_text())[0] for index in range(2)]
-
-
-INERT = """
-import json, sys
-from pathlib import Path
-
-def pytest_sessionfinish():
-    Path("imported.json").write_text(json.dumps(list(sys.modules)))
-"""
-
-
-def test_inert_in_a_project_that_has_nothing_to_do_with_it(folder: Path) -> None:
-    (folder / "conftest.py").write_text(INERT)
-    (folder / "test_other.py").write_text("def test_that_fails():\n    assert {'a': 1} == {'a': 2}\n")
-    (folder / "data.json").write_text("{")
-    said: list[str] = []
-    imported: list[set[str]] = []
-    for more in ((), ("-p", "no:nsa_verify")):
-        command = [sys.executable, "-P", "-m", "pytest", *PLAIN, "-p", "no:hypothesispytest", *more]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (1, "")
-        said.append(re.sub(r"in \d+\.\d+s.*|^plugins: .*", "", done.stdout, flags=re.MULTILINE))
-        imported.append(set(json.loads((folder / "imported.json").read_text())))
-    assert said[0] == said[1]
-    assert "nsa_verify.shell.pytest_plugin" in imported[0] - imported[1]
-    heavy = {"torch", "triton", "numpy", "hypothesis", "rich", "pynvml", "nsa_verify.engine", "nsa_verify.device"}
-    assert not (imported[0] - imported[1]) & heavy, "beyond what other plugins of this machine import"
 
 
 def test_the_command_and_the_plugin_agree(inner: pytest.Pytester) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from shell.commands import invoke, refused, saved, written
+from shell.commands import invoke, saved, written
 
 from nsa_verify.engine.corpus import load, scan
 
@@ -146,14 +146,20 @@ def test_ctrl_c_while_a_case_is_shrunk(folder: Path, start: type[Running]) -> No
     assert "; the shrink was interrupted\n" in ended[1]
 
 
-def test_a_worker_that_dies(folder: Path) -> None:
+def test_a_death_that_needs_the_cases_before_it(folder: Path) -> None:
+    """It is kept with them, and they make it come again."""
     (folder / "deadly.py").write_text(DEADLY)
-    only = ("--only", "deadly", "--mode", "decode", *EAGER)
-    done = invoke("run", "--impl", "deadly.py", *only, "-n", 100, "--seed", 7, "-w", 2)
-    sentence = "a worker process died while it ran a case; run again with --workers 1 to see which implementation"
-    assert refused(done) == f"{sentence} takes the process down"
-    assert "; a worker died before it was shrunk\n" in done.stdout
-    assert len(list(scan(Path("corpus")))) >= 1
+    only = ("--impl", "deadly.py", "--only", "deadly", *EAGER)
+    done = invoke("run", *only, "--mode", "decode", "-n", 100, "--seed", 7, "-w", 2)
+    assert done.exit_code == 1
+    assert "the worker" not in done.stderr
+    (path,) = (it for it in scan(folder / "corpus") if it.name.startswith("nv401"))
+    entry = load(path)
+    assert entry.finding is not None
+    assert "exit code 11 (deadly.py:13 in refresh); not again when the case was run alone" in entry.finding.message
+    assert len(entry.before) > 50
+    replayed = invoke("replay", path, *only)
+    assert (replayed.exit_code, "NV401" in replayed.stdout) == (1, True), replayed.output
 
 
 def test_the_number_of_workers_changes_nothing(folder: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_check_that_fails_is_an_error(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Judge, "_check_oracle", lambda _: "the oracle contradicts itself")
     path = saved(folder).relative_to(folder)
-    done = invoke("replay", path, "--only", "vectorized")
+    done = invoke("replay", path, "--only", "vectorized", "--no-isolation")
     assert done.exit_code == 2
     assert f"ERROR  {path}: vectorized: the oracle contradicts itself\n" in done.stdout
 

@@ -13,7 +13,7 @@ from click.testing import Result
 from shell.commands import invoke, refused, written
 
 from nsa_verify import Mode, Outcome
-from nsa_verify.engine import worker
+from nsa_verify.device import batch
 from nsa_verify.engine.corpus import load
 
 EAGER = ("--executor", "eager")
@@ -175,8 +175,23 @@ def test_one_mode_only(folder: Path, mode: str) -> None:
 
 
 def test_the_time_can_be_limited(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "judge_case", _slow(worker.judge_case))
-    done = invoke("run", "--only", "vectorized", "--max-time", "0.3s", "-n", 15, "--seed", 1, "-w", 1, "--json", *EAGER)
+    monkeypatch.setattr(batch, "judge_batch", _slow(batch.judge_batch))
+    done = invoke(
+        "run",
+        "--only",
+        "vectorized",
+        "--max-time",
+        "0.3s",
+        "-n",
+        15,
+        "--seed",
+        1,
+        "-w",
+        1,
+        "--json",
+        *EAGER,
+        "--no-isolation",
+    )
     told = json.loads(done.stdout)
     assert done.exit_code == 0
     assert 1 <= told["cases"] < 15
@@ -185,11 +200,12 @@ def test_the_time_can_be_limited(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def _slow(judge: Any) -> Any:
-    def judge_slowly(*arguments: Any) -> Any:
+    def judge_slowly(*arguments: Any, **more: Any) -> Any:
         import time
 
-        time.sleep(0.15)
-        return judge(*arguments)
+        for verdict in judge(*arguments, **more):
+            time.sleep(0.15)
+            yield verdict
 
     return judge_slowly
 
@@ -234,12 +250,13 @@ def test_a_check_that_fails_is_no_agreement(folder: Path, monkeypatch: pytest.Mo
         raise RuntimeError("planted [here]")
 
     monkeypatch.setattr(Judge, "_findings", fail)
-    done = invoke("run", "--only", "vectorized", "-n", 3, "--seed", 1, "-w", 1, *EAGER)
+    run = ("run", "--only", "vectorized", "-n", 3, "--seed", 1, "-w", 1, "--no-isolation", *EAGER)
+    done = invoke(*run)
     assert refused(done) == "some verdicts are unknown: the check itself failed, see above"
     assert done.stdout.count("UNKNOWN vectorized [eager]: ") == 1
     assert "RuntimeError: planted [here]" in done.stdout
     assert "no disagreement" not in done.stdout
-    told = json.loads(invoke("run", "--only", "vectorized", "-n", 3, "--seed", 1, "-w", 1, "--json", *EAGER).stdout)
+    told = json.loads(invoke(*run, "--json").stdout)
     assert (len(told["unknown"]), told["exit_code"]) == (3, 2)
     assert told["error"].startswith("some verdicts are unknown")
 
@@ -248,6 +265,6 @@ def test_a_check_that_cannot_begin_is_no_agreement(folder: Path, monkeypatch: py
     from nsa_verify.device.judge import Judge
 
     monkeypatch.setattr(Judge, "_check_oracle", lambda _: "the oracle contradicts itself")
-    done = invoke("run", "--only", "vectorized", "-n", 3, "--seed", 1, "-w", 1, *EAGER)
+    done = invoke("run", "--only", "vectorized", "-n", 3, "--seed", 1, "-w", 1, "--no-isolation", *EAGER)
     assert done.exit_code == 2
     assert f"3 {Outcome.UNKNOWN.upper()}" in done.stdout or "1 UNKNOWN" in done.stdout

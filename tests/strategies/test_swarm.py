@@ -14,7 +14,8 @@ from helpers import draw_many
 
 from nsa_verify.core.case import Case, CtxLens, Layout, Mode, Replay, Request, Setup, SlotKind
 from nsa_verify.core.oracle import batch
-from nsa_verify.strategies import Feature, Limits, Swarm, boundaries, cases, lengths, replays, requests
+from nsa_verify.strategies import Feature, Limits, Swarm, boundaries, cases, lengths, replays, requests, setups
+from nsa_verify.strategies.swarm import SETUP_FEATURES
 
 Shows = Callable[[Case], bool]
 
@@ -225,6 +226,26 @@ def test_round_0_has_everything_and_others_about_three_quarters() -> None:
     sizes = [len(Swarm.for_round(seed, number).features) for seed in range(20) for number in range(1, 21)]
     assert 0.7 < sum(sizes) / len(sizes) / len(Feature) < 0.8
     assert len({Swarm.for_round(0, number) for number in range(50)}) > 45
+
+
+def test_the_features_of_a_setup_are_those_it_is_drawn_by() -> None:
+    for limits in (Limits.small(), Limits.large()):
+        usual = draw_many(setups(limits=limits), 300)
+        found = {
+            feature
+            for feature in Feature
+            if draw_many(setups(Swarm.everything().without(feature), limits), 300) != usual
+        }
+        assert found == SETUP_FEATURES
+
+
+def test_a_season_decides_on_what_its_setup_may_have_and_each_round_on_the_rest() -> None:
+    season, rounds = Swarm.for_round(3, 1000), [Swarm.for_round(3, number, 1000) for number in range(1001, 1016)]
+    assert all(it.features & SETUP_FEATURES == season.features & SETUP_FEATURES for it in rounds)
+    for number, swarm in enumerate(rounds, start=1001):
+        assert swarm.features - SETUP_FEATURES == Swarm.for_round(3, number).features - SETUP_FEATURES
+    assert len({it.features for it in rounds}) == len(rounds)
+    assert Swarm.for_round(3, 50, 50) == Swarm.for_round(3, 50) == Swarm.for_round(3, 50, None)
 
 
 def test_rounds_are_the_same_in_every_process() -> None:

@@ -1,0 +1,389 @@
+"""What a searcher does: draw rounds and have their cases judged, shrink a signature, have saved cases judged.
+
+Searchers are processes of the engine (with one worker: the engine's own process). Each keeps one worker. What they do
+is a function of their arguments: which of them did it cannot be told from the results.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing import parent_process
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Barrier
+from multiprocessing.synchronize import Event as EventType
+from multiprocessing.util import Finalize
+from pathlib import Path
+from threading import BrokenBarrierError
+
+import msgspec
+from msgspec import Struct
+
+from nsa_verify.core.case import Case, size_of
+from nsa_verify.core.findings import Code, Finding, Outcome, Signature, Verdict
+from nsa_verify.engine.drawing import draw_round, shrink_round
+from nsa_verify.engine.events import Cell, Matrix, Reliability, Tally
+from nsa_verify.engine.isolation import Inside, Keeper
+from nsa_verify.engine.messages import Hello, Judgement, Pair, Task
+from nsa_verify.engine.plan import EAGER, Plan, digest
+
+RELIABILITY_RUNS = 5
+REPEAT_EVERY = 2
+"""While cases are drawn, every second one is checked for idempotence; shrinking and replaying always check."""
+DELAY_EVERY = 10
+"""The same for the delay of the stream, which costs more. The very first case is too simple to show anything."""
+SEQUENCE_PROBES = 60
+"""How often a sequence of cases is run to make it shorter."""
+DEATHS = (Code.DEATH, Code.HANG)
+
+
+class Seen(Struct):
+    """The first case of a round that showed a signature; ``index`` counts the round's cases.
+
+    ``before`` are cases that the worker had judged before one that died, where it does not die alone.
+    """
+
+    signature: Signature
+    finding: Finding
+    case: Case
+    index: int
+    before: list[Case] = []
+
+
+class Unjudged(Struct):
+    """A verdict that was unknown."""
+
+    verdict: Verdict
+    case: Case
+
+
+class RoundResult(Struct):
+    """What a round gave. ``digests`` has, for each pair, a function of its cases and verdicts; ``stopped`` says that it
+    was cut short, ``replaced`` counts the workers that died."""
+
+    index: int
+    cases: int
+    matrix: Matrix
+    tally: Tally
+    seen: list[Seen]
+    unjudged: list[Unjudged]
+    digests: dict[str, str]
+    stopped: bool = False
+    replaced: int = 0
+
+
+class ShrinkResult(Struct):
+    """The smallest case of a signature.
+
+    ``stable`` is False if probes contradicted each other, ``stopped`` says that the shrink was cut short.
+    """
+
+    case: Case
+    finding: Finding
+    probes: int
+    stable: bool
+    reliability: Reliability
+    stopped: bool = False
+    replaced: int = 0
+    before: list[Case] = []
+    """Cases to run first, for a death that does not come alone."""
+
+
+START_TIMEOUT_S = 300.0
+
+_engine_stops: EventType | None = None
+_all_ready: Barrier | None = None
+
+
+class _Here:
+    """What this very process was asked to do, and its worker."""
+
+    stopping = False
+    number = 0
+    plan: Plan | None = None
+    keeper: Keeper | Inside | None = None
+    temporary: tempfile.TemporaryDirectory[str] | None = None
+
+
+def obey(stop: EventType, all_ready: Barrier, numbers: Synchronized[int]) -> None:
+    """Make this process a searcher, and number it: the engine decides when to stop, not the terminal's Ctrl-C."""
+    global _engine_stops, _all_ready
+    _engine_stops, _all_ready = stop, all_ready
+    with numbers.get_lock():
+        _Here.number, numbers.value = numbers.value, numbers.value + 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Finalize(None, close, exitpriority=0)
+    threading.Thread(target=_follow_engine, daemon=True).start()
+
+
+def _follow_engine() -> None:
+    """An engine that was killed leaves no searchers behind."""
+    engine = parent_process()
+    assert engine is not None
+    engine.join()
+    os._exit(1)
+
+
+def keeper_of(plan: Plan) -> Keeper | Inside:
+    """This process's worker for ``plan``; another plan ends it."""
+    if _Here.keeper is None or _Here.plan != plan:
+        close()
+        if plan.isolate:
+            folder = plan.folder
+            if not folder:
+                _Here.temporary = tempfile.TemporaryDirectory(prefix="nsa-verify-")
+                folder = _Here.temporary.name
+            own = ("CUDA_VISIBLE_DEVICES", plan.gpus[_Here.number % len(plan.gpus)]) if plan.gpus else None
+            _Here.keeper = Keeper(plan, Path(folder), (own,) if own is not None else (), stopping)
+        else:
+            _Here.keeper = Inside(plan, stopping)
+        _Here.plan = plan
+    return _Here.keeper
+
+
+def close() -> None:
+    """End this process's worker, and give back what was kept for the next case."""
+    keeper, _Here.keeper, _Here.plan = _Here.keeper, None, None
+    if keeper is not None:
+        keeper.close()
+    if _Here.temporary is not None:
+        _Here.temporary.cleanup()
+        _Here.temporary = None
+
+
+def stop(stopping: bool = True) -> None:
+    """Ask what runs in this very process to end; False takes it back."""
+    _Here.stopping = stopping
+
+
+def stopping() -> bool:
+    """Whether this process was asked to end what it does, with what it has."""
+    return _Here.stopping or (_engine_stops is not None and _engine_stops.is_set())
+
+
+def hello(plan: Plan) -> Hello:
+    """Start up and say what is here; returns when every searcher has got that far, or one has failed to."""
+    try:
+        said = keeper_of(plan).hello()
+    except BaseException:
+        if _all_ready is not None:
+            _all_ready.abort()
+        raise
+    if _all_ready is not None:
+        with suppress(BrokenBarrierError):  # the searcher that broke it reports why
+            _all_ready.wait(START_TIMEOUT_S)
+    return said
+
+
+def run_rounds(
+    plan: Plan, indices: Sequence[int], deadline: float = 0.0, without: frozenset[Pair] = frozenset()
+) -> list[RoundResult]:
+    """Judge every case of the rounds ``indices``; past ``deadline`` (epoch seconds, 0: none) cases are left out.
+
+    Pairs in ``without`` are not run: they killed workers in earlier rounds. While a round is judged the next is drawn.
+    """
+    keeper = keeper_of(plan)
+    said = keeper.hello()
+    results: list[RoundResult] = []
+    waiting: list[Task] = []
+    for index in indices:
+        tasks = _drawn(plan, said, index, without)
+        if waiting:
+            results.append(_round_result(keeper, indices[len(results)], waiting, without))
+        if stopping():
+            break
+        keeper.start(tasks, deadline)
+        waiting = tasks
+    if len(results) < len(indices) and waiting and not (results and results[-1].stopped):
+        results.append(_round_result(keeper, indices[len(results)], waiting, without))
+    return results
+
+
+def _drawn(plan: Plan, said: Hello, index: int, without: frozenset[Pair]) -> list[Task]:
+    """The tasks of round ``index``."""
+    pairs = tuple(pair for pair in said.pairs if pair not in without)
+    tasks: list[Task] = []
+
+    def visit(case: Case) -> None:
+        number = len(tasks)
+        repeat, delay = number % REPEAT_EVERY == 0, number % DELAY_EVERY == DELAY_EVERY // 2
+        tasks.append(Task(case, pairs, repeat, delay))
+
+    draw_round(plan, said.device, index, visit)
+    return tasks
+
+
+def _round_result(keeper: Keeper | Inside, index: int, tasks: Sequence[Task], without: frozenset[Pair]) -> RoundResult:
+    result = RoundResult(index, 0, Matrix(), Tally(), [], [], {})
+    lines: dict[Pair, list[str]] = {}
+    replaced = keeper.replaced
+    try:
+        outcomes = keeper.finish()
+    except KeyboardInterrupt:
+        result.stopped = True
+        return result
+    for number, (task, judgements) in enumerate(zip(tasks, outcomes.judgements, strict=False)):
+        left_out = f"{msgspec.json.encode(task.case).decode()} "
+        for place, judgement in enumerate(judgements):
+            before = outcomes.before.get((number, place), [])
+            _count(result, task.case, judgement, before)
+            lines.setdefault(task.pairs[place], []).append(left_out + _summary(judgement.verdict))
+        for pair in without:
+            _leave_out(result, task.case, pair)
+        result.cases += 1
+    result.digests = {" ".join(pair): digest(said) for pair, said in lines.items()}
+    result.stopped = stopping() and result.cases < len(tasks)
+    result.replaced = keeper.replaced - replaced
+    return result
+
+
+def judge_again(plan: Plan, case: Case) -> RoundResult:
+    """Judge a case that was in flight when its run was killed, as a round of its own, number -1."""
+    keeper = keeper_of(plan)
+    tasks = [Task(case, keeper.hello().pairs)]
+    keeper.start(tasks)
+    return _round_result(keeper, -1, tasks, frozenset())
+
+
+def judge_saved(plan: Plan, case: Case, before: Sequence[Case] = ()) -> list[Verdict]:
+    """The verdicts on a saved case; ``before`` are cases to judge first, in the same worker."""
+    keeper = keeper_of(plan)
+    pairs = keeper.hello().pairs
+    if before:
+        keeper.renew()
+    outcomes = keeper.judge([Task(it, pairs) for it in (*before, case)])
+    if stopping() or len(outcomes.judgements) <= len(before):
+        raise KeyboardInterrupt
+    return [judgement.verdict for judgement in outcomes.judgements[-1]]
+
+
+def shrink(plan: Plan, index: int, seen: Seen) -> ShrinkResult | None:
+    """The smallest case found that shows what was ``seen``, starting from round ``index``, which showed it; for a death
+    that does not come alone, the shortest sequence that ends in it.
+
+    Only the accused implementation is run, each probe in a worker that is alive and well. None if the round, run again,
+    did not show it.
+    """
+    if seen.before:
+        return _shorten(plan, seen)
+    keeper, signature = keeper_of(plan), seen.signature
+    device = keeper.hello().device
+    shown: list[tuple[Case, Finding]] = []
+    """The smallest that showed it so far by our measure, and the last."""
+    probes, replaced = 0, keeper.replaced
+
+    def shows(case: Case) -> bool:
+        nonlocal probes
+        probes += 1
+        primary = _verdict_of(keeper, case, signature).primary
+        if primary is None or primary.signature != signature:
+            return False
+        smallest = shown[0] if shown and size_of(shown[0][0]) < size_of(case) else (case, primary)
+        shown[:] = [smallest, (case, primary)]
+        return True
+
+    stable, stopped = True, False
+    try:
+        stable = shrink_round(plan, device, index, shows)
+    except KeyboardInterrupt:
+        stopped = True
+    if not shown:
+        return None
+    # Hypothesis ends with its minimal case, which is what a person would have written; a shrink that was cut short, or
+    # went astray, ends anywhere.
+    case, finding = shown[-1] if stable and not stopped else shown[0]
+    reliability = _reliability(keeper, case, signature)
+    return ShrinkResult(case, finding, probes, stable, reliability, stopped, keeper.replaced - replaced)
+
+
+def _shorten(plan: Plan, seen: Seen) -> ShrinkResult:
+    """The fewest cases found that must be run before ``seen.case`` for its death to come again.
+
+    The case itself stays as it was drawn. If the death does not come again at all, ``stable`` is False and every case
+    before is kept.
+    """
+    keeper = keeper_of(plan)
+    assert isinstance(keeper, Keeper)
+    keeper.hello()
+    pair = (seen.signature.implementation, seen.signature.executor)
+    probes, replaced = 0, keeper.replaced
+
+    def dies(before: Sequence[Case]) -> bool:
+        nonlocal probes
+        probes += 1
+        return keeper.dies_of([Task(it, (pair,)) for it in (*before, seen.case)]) is seen.signature.code
+
+    before, stable = seen.before, True
+    try:
+        stable = dies(before)
+        size = len(before) // 2
+        while stable and size and probes < SEQUENCE_PROBES and not stopping():
+            for start in range(0, len(before), size):
+                fewer = before[:start] + before[start + size :]
+                if probes < SEQUENCE_PROBES and dies(fewer):
+                    before = fewer
+                    break
+            else:
+                size //= 2
+        disagreed = sum(dies(before) for _ in range(RELIABILITY_RUNS)) if stable else 0
+        reliability = Reliability(disagreed, RELIABILITY_RUNS if stable else 1)
+    except KeyboardInterrupt:
+        reliability = Reliability(0, 0)
+    died = keeper.replaced - replaced
+    return ShrinkResult(seen.case, seen.finding, probes, stable, reliability, stopping(), died, before)
+
+
+def _verdict_of(keeper: Keeper | Inside, case: Case, signature: Signature) -> Verdict:
+    verdict = keeper.judge_alone(case, (signature.implementation, signature.executor), signature.code in DEATHS)
+    if stopping() or verdict is None:
+        raise KeyboardInterrupt
+    return verdict
+
+
+def _reliability(keeper: Keeper | Inside, case: Case, signature: Signature) -> Reliability:
+    """How often the case disagrees, from a worker on in which nothing was run before."""
+    disagreed, pair = 0, (signature.implementation, signature.executor)
+    for run in range(RELIABILITY_RUNS):
+        if run == 0 or keeper.hello().device == "cpu":  # a CUDA context takes seconds
+            keeper.renew()
+        primary = keeper.judge_whatever(case, pair, signature.code in DEATHS).primary
+        disagreed += primary is not None and (signature.code not in DEATHS or primary.code is signature.code)
+    return Reliability(disagreed, RELIABILITY_RUNS)
+
+
+def _count(result: RoundResult, case: Case, judgement: Judgement, before: list[Case]) -> None:
+    verdict, skipped = judgement.verdict, {skip.mode: skip for skip in judgement.skips}
+    primary = verdict.primary
+    result.tally.count(verdict, eager=verdict.executor == EAGER)
+    unknown = verdict.outcome is Outcome.UNKNOWN
+    if unknown:
+        result.unjudged.append(Unjudged(verdict, case))
+    if primary is not None and all(seen.signature != primary.signature for seen in result.seen):
+        result.seen.append(Seen(primary.signature, primary, case, result.cases, before))
+    for mode in dict.fromkeys(replay.mode for replay in case.replays):
+        cell, skip = Cell(), skipped.get(mode)
+        if skip is None and (unknown or mode in verdict.modes):
+            cell.cases = 1
+            cell.unknown = int(unknown)
+            cell.disagree = int(primary is not None and primary.mode is mode)
+        else:
+            cell.not_applicable = 1
+            cell.not_capturable = int(skip is not None and skip.not_capturable)
+            cell.reasons[verdict.reason if skip is None else skip.reason] = 1
+        result.matrix.cell(verdict.implementation, verdict.executor, mode).add(cell)
+
+
+def _leave_out(result: RoundResult, case: Case, pair: Pair) -> None:
+    """Count a case that a pair was spared, because it killed workers before."""
+    for mode in dict.fromkeys(replay.mode for replay in case.replays):
+        result.matrix.cell(*pair, mode).add(Cell(not_applicable=1, reasons={"not run again: it killed its worker": 1}))
+
+
+def _summary(verdict: Verdict) -> str:
+    primary = verdict.primary
+    where = f"{primary.code} {primary.replay} {primary.step} {primary.buffer} {primary.element}" if primary else ""
+    return f"{verdict.implementation} {verdict.executor} {verdict.outcome} {where}"

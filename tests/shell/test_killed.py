@@ -1,0 +1,187 @@
+"""SIGKILL, at any moment and to anybody: the corpus loads, nothing that was reported is lost, the next run goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from shell.commands import invoke, saved, written
+from shell.test_processes import PROGRAM
+
+from nsa_verify.engine.corpus import load, scan
+from nsa_verify.engine.inflight import FOLDER
+
+KILLS = int(os.environ.get("NSA_VERIFY_TEST_KILLS", "6"))
+"""How many random moments are tried; a person who changes this part tries 50."""
+
+MINE = """
+import os
+from nsa_verify import implementation
+from nsa_verify.kernels.vectorized import refresh as right
+
+@implementation("wrong", modes=["decode"], extent="full")
+def wrong(inputs, steps, setup):
+    right(inputs, steps, setup)
+    if int(inputs.seq_lens[: inputs.batch_size].max()) >= 12:
+        steps[0].cache_seqlens.add_(1)
+
+@implementation("exits", modes=["decode"], extent="full")
+def exits(inputs, steps, setup):
+    if int(inputs.seq_lens[: inputs.batch_size].max()) >= 20:
+        os._exit(3)
+    right(inputs, steps, setup)
+"""
+RUN = ("run", "--impl", "mine.py", "--only", "wrong", "--only", "exits", "--only", "vectorized", "--mode", "decode")
+EAGER = ("--executor", "eager")
+
+
+def _family(group: int) -> list[int]:
+    """The processes of a session of its own, its leader first."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(its) == group and state != "Z":
+            found.append(int(stat.parent.name))
+    return sorted(found, key=lambda pid: (pid != group, pid))
+
+
+def _killed_at(moment_s: float, everybody: bool, choose: random.Random) -> tuple[str, int]:
+    """What a run said that was killed, or lost a process, after ``moment_s``, and its exit code."""
+    process = subprocess.Popen(
+        [PROGRAM, *RUN, *EAGER, "-w", "2", "-n", "60", "--seed", "5"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    time.sleep(moment_s)
+    family = _family(process.pid)
+    victim = process.pid if everybody else choose.choice(family or [process.pid])
+    with suppress(ProcessLookupError):
+        os.kill(victim, signal.SIGKILL)
+    try:
+        said = process.communicate(timeout=120)[0]
+    finally:
+        deadline = time.monotonic() + 10
+        while (left := _family(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert not left, "processes outlived their engine"
+    return said, process.returncode
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_nothing_that_was_reported_is_lost(folder: Path, number: int) -> None:
+    (folder / "mine.py").write_text(MINE)
+    choose = random.Random(number)
+    said, _ = _killed_at(choose.uniform(0.5, 9.0), number % 2 == 0, choose)
+    for path in scan(folder / "corpus") if (folder / "corpus").exists() else ():
+        load(path)
+    done = invoke(*RUN, *EAGER, "-w", 2, "-n", 20, "--seed", 6, "--no-shrink")
+    assert done.exit_code in (0, 1), done.output
+    kept = {
+        (entry.finding.implementation, str(entry.finding.code))
+        for entry in map(load, scan(folder / "corpus"))
+        if entry.finding
+    }
+    reported = set(re.findall(r"^seen (\S+) \[eager\] (NV\d+)", said, flags=re.MULTILINE))
+    assert reported <= kept, said
+    assert not (folder / "corpus" / FOLDER).exists()
+
+
+def test_the_case_in_flight_is_judged_again_and_said(folder: Path) -> None:
+    (folder / "slow.py").write_text(
+        "import time\nfrom nsa_verify import implementation\n"
+        "from nsa_verify.kernels.vectorized import refresh as right\n"
+        '@implementation("slow", modes=["decode"], extent="full")\n'
+        "def refresh(inputs, steps, setup):\n    time.sleep(0.5)\n    right(inputs, steps, setup)\n"
+    )
+    run = (
+        "run",
+        "--impl",
+        "slow.py",
+        "--only",
+        "slow",
+        "--mode",
+        "decode",
+        *EAGER,
+        "-n",
+        "20",
+        "--seed",
+        "1",
+        "-w",
+        "1",
+    )
+    process = subprocess.Popen([PROGRAM, *run], stdout=subprocess.DEVNULL, start_new_session=True)
+    flying = folder / "corpus" / FOLDER
+    deadline = time.monotonic() + 60
+    while not list(flying.glob("*/*.tasks")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    other = invoke("run", "--only", "vectorized", "-n", 1, "-w", 1, *EAGER)
+    assert "1 case in flight when a run was killed: waiting for slow (--impl)\n" in other.stdout
+    (folder / "slow.py").write_text((folder / "slow.py").read_text().replace("0.5", "0.0"))
+    done = invoke(*run)
+    assert done.exit_code == 0, done.output
+    assert "recovered 1 case in flight when a run was killed: judged again first\n" in done.stdout
+    assert not flying.exists()
+
+
+def test_a_pytest_worker_that_is_killed_costs_its_test_only(folder: Path) -> None:
+    for seq_len in range(1, 8):
+        saved(folder, seq_len)
+    written(folder, "right", too_low=0)
+    (folder / "conftest.py").write_text(
+        "import os, signal, pytest\n"
+        "@pytest.hookimpl(tryfirst=True)\n"
+        "def pytest_runtest_call(item):\n"
+        "    if 'right' in item.name and not os.path.exists('killed'):\n"
+        "        open('killed', 'w').close()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "--nsa-corpus", "corpus"]
+    done = subprocess.run(
+        [
+            *command,
+            "--nsa-impl",
+            "mine.py",
+            "--nsa-only",
+            "right",
+            "--nsa-only",
+            "vectorized",
+            "--nsa-executor",
+            "eager",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (folder / "killed").exists()
+    assert "1 failed, 13 passed" in done.stdout, done.stdout
+
+
+def test_two_runs_over_one_corpus(folder: Path) -> None:
+    (folder / "mine.py").write_text(MINE)
+    command = [PROGRAM, *RUN, *EAGER, "-w", "1", "-n", "40", "--seed", "5"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [1, 1], said
+    entries = [load(path) for path in scan(folder / "corpus")]
+    found = [(it.finding.implementation, it.finding.code) for it in entries if it.finding is not None]
+    assert sorted(found) == [("exits", "NV401"), ("wrong", "NV101")]
+    assert not (folder / "corpus" / FOLDER).exists()
