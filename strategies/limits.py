@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,11 @@ class Limits:
             replays=7,
             most_replays=8,
         )
+
+    @classmethod
+    def short(cls) -> Limits:
+        """``small``, and one to three replays: what rates are measured with."""
+        return replace(cls.small(), replays=2, most_replays=3)
 
     @classmethod
     def for_device(cls, device: str) -> Limits:

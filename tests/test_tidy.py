@@ -48,9 +48,7 @@ LAYERS: Final = {
         "nsa_verify nsa_verify.core nsa_verify.strategies nsa_verify.engine", "msgspec", lazily="nsa_verify.device"
     ),
     # What workers are forked from has everything imported; nothing else imports it.
-    "nsa_verify.engine.preload": _layer(
-        "nsa_verify nsa_verify.core nsa_verify.engine", "", lazily="nsa_verify.device"
-    ),
+    "nsa_verify.engine.preload": _layer("nsa_verify nsa_verify.core nsa_verify.engine", "", lazily="nsa_verify.device"),
     "nsa_verify.shell": _layer(
         "nsa_verify nsa_verify.core nsa_verify.strategies nsa_verify.engine nsa_verify.engine.worker"
         " nsa_verify.device nsa_verify.kernels",

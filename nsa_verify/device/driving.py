@@ -11,6 +11,7 @@ from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.findings import Code
 from nsa_verify.core.implementation import Implementation
 from nsa_verify.core.marks import Phase, note
+from nsa_verify.core.spent import CALL, spending
 from nsa_verify.device.rig import Rig
 from nsa_verify.device.stops import CaptureRefused, GraphKey, ImplementationRaised
 from nsa_verify.device.temporaries import WatchedCalls
@@ -117,11 +118,12 @@ def call(rig: Rig, implementation: Implementation, key: GraphKey, watched: Watch
     """
     inputs, steps = rig.inputs(*key), rig.steps(*key, implementation.writes(rig.setup))
     try:
-        if watched is None:
-            implementation.refresh(inputs, steps, rig.setup)
-        else:
-            with watched, unseeded():
+        with spending(CALL):
+            if watched is None:
                 implementation.refresh(inputs, steps, rig.setup)
+            else:
+                with watched, unseeded():
+                    implementation.refresh(inputs, steps, rig.setup)
     except CaptureRefused:
         raise
     except (Exception, SystemExit) as error:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.findings import Code
 from nsa_verify.core.implementation import Implementation
+from nsa_verify.core.spent import CALL, spending
 from nsa_verify.device.blame import line_now, line_of
 from nsa_verify.device.driving import WARM_UPS, KeptGraph, Note, call, capturable
 from nsa_verify.device.launches import Launch, intercepted
@@ -292,7 +293,8 @@ class GraphSession:
     def replay(self, mode: Mode, bucket: int) -> None:
         """Launch the graph of ``(mode, bucket)``."""
         self._calls += 1
-        self._graphs[mode, bucket].replay()
+        with spending(CALL):
+            self._graphs[mode, bucket].replay()
 
     def trespassed(self) -> Tensor | None:
         """Whether a graph wrote to memory that was handed out after its capture."""

@@ -24,6 +24,7 @@ from nsa_verify.core.invariants import content_of, violations
 from nsa_verify.core.marks import Phase, note
 from nsa_verify.core.oracle import expect
 from nsa_verify.core.registry import find
+from nsa_verify.core.spent import CAPTURE, ORACLE, spending
 from nsa_verify.device.blame import line_of
 from nsa_verify.device.comparing import Image, Load, loads, upload
 from nsa_verify.device.diagnosis import Snapshot, diagnose
@@ -111,8 +112,9 @@ class Judge:
         if device == "cuda":
             announce_compilations()
         try:
-            self.rig = rig_for(case.setup, device)
-            self.own_fault = self._check_oracle()
+            with spending(ORACLE):
+                self.rig = rig_for(case.setup, device)
+                self.own_fault = self._check_oracle()
         except Exception as error:  # noqa: BLE001 - every verdict on the case is unknown and says why
             refuse_dead(device, error)
             self.own_fault = fault_of(error)
@@ -177,9 +179,9 @@ class Judge:
             ImageKey.of(it, self.case.setup) for it, executor in pairs if self.applicable(it, executor)[1]
         )
         try:
-            self._images |= (
-                upload(self.rig, self.case, [key for key in keys if key not in self._images]) if keys else {}
-            )
+            if missing := [key for key in keys if key not in self._images]:
+                with spending(ORACLE):
+                    self._images |= upload(self.rig, self.case, missing)
         except Exception as error:  # noqa: BLE001 - every verdict on the case is unknown and says why
             refuse_dead(self._device, error)
             self.own_fault = fault_of(error)
@@ -437,7 +439,8 @@ def open_session(
     if not executor.captures:
         state_of(implementation)  # what it keeps before its first call
         return Opened(executor.open(rig, implementation, {}), kept=False, new=False)
-    graphs, kept, new = rig.keeping(KeptGraphs).serve(executor, implementation, keys, afresh)
+    with spending(CAPTURE):
+        graphs, kept, new = rig.keeping(KeptGraphs).serve(executor, implementation, keys, afresh)
     return Opened(executor.open(rig, implementation, graphs), kept, new)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.findings import Code
 from nsa_verify.core.implementation import Implementation
+from nsa_verify.core.spent import CALL, spending
 from nsa_verify.device.driving import WARM_UPS, KeptGraph, Note, call, capturable
 from nsa_verify.device.memory import Memory
 from nsa_verify.device.rig import Rig
@@ -34,7 +35,8 @@ class SimulatedSession:
 
     def replay(self, mode: Mode, bucket: int) -> None:
         """Play the tape of ``(mode, bucket)``."""
-        self._tapes[mode, bucket].replay()
+        with spending(CALL):
+            self._tapes[mode, bucket].replay()
 
     def trespassed(self) -> Tensor | None:
         """Memory that was given back is noticed when a tape is played."""

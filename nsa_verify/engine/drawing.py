@@ -180,4 +180,5 @@ def shrink_round(plan: Plan, device: str, index: int, shows: Callable[[Case], bo
 
 def _strategy(plan: Plan, device: str, index: int) -> st.SearchStrategy[Case]:
     swarm = Swarm.for_round(plan.seed, index, plan.season(index))
-    return cases(modes=plan.modes, swarm=swarm, limits=Limits.for_device(device))
+    limits = Limits.short() if plan.short_cases else Limits.for_device(device)
+    return cases(modes=plan.modes, swarm=swarm, limits=limits)

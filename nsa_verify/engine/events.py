@@ -135,12 +135,14 @@ class WorkersReady(Struct, frozen=True):
 
 
 class RoundFinished(Struct, frozen=True):
-    """A round of cases was judged. ``cases_done`` counts all rounds so far; ``digest`` identifies its cases."""
+    """A round of cases was judged. ``cases_done`` counts all rounds so far; ``digest`` identifies its cases, ``spent``
+    says what took how many seconds."""
 
     round: int
     cases: int
     cases_done: int
     digest: str
+    spent: dict[str, float] = {}
 
 
 class DisagreementSeen(Struct, frozen=True):
@@ -221,6 +223,7 @@ class RunFinished(Struct, frozen=True):
     signatures: tuple[Signature, ...]
     digest: str
     replaced: int = 0
+    spent: dict[str, float] = {}
 
 
 Event = (

@@ -7,8 +7,9 @@ a worker that is silent or eats the memory, and finds out who was to blame.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -18,6 +19,7 @@ import msgspec
 from nsa_verify.core.case import Case, Mode
 from nsa_verify.core.findings import Code, Finding, Outcome, Verdict
 from nsa_verify.core.marks import Mark, Marks, Phase
+from nsa_verify.core.spent import JUDGE, spending
 from nsa_verify.engine import worker
 from nsa_verify.engine.messages import (
     Applicable,
@@ -63,8 +65,9 @@ class Outcomes(NamedTuple):
 class Keeper:
     """Keeps one worker of ``plan`` alive: hands it batches, and replaces it when it dies.
 
-    ``folder`` is where marks lie; ``environment`` is set in the worker. ``stopped`` is asked while it waits: once it
-    says yes, the batch in progress ends after the case at hand, and what takes longer is killed.
+    ``folder`` is where marks lie (None: in a temporary folder); ``environment`` is set in the worker. ``stopped`` is
+    asked while it waits: once it says yes, the batch in progress ends after the case at hand, and what takes longer is
+    killed.
     """
 
     isolated = True
@@ -72,11 +75,13 @@ class Keeper:
     def __init__(
         self,
         plan: Plan,
-        folder: Path,
+        folder: Path | None = None,
         environment: tuple[tuple[str, str], ...] = (),
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._plan, self._folder, self._environment = plan, folder, environment
+        self._temporary = tempfile.TemporaryDirectory(prefix="nsa-verify-") if folder is None else None
+        self._folder = folder or Path(self._temporary.name if self._temporary is not None else "")
+        self._plan, self._environment = plan, environment
         self._asked_to_stop, self._heeds = stopped, True
         self._allowance = plan.memory_bytes or memory_allowance(plan.workers)
         self._number = 0
@@ -91,6 +96,8 @@ class Keeper:
         self._unexplained = 0
         self.replaced = 0
         """How many workers have died."""
+        self.spent: Counter[str] = Counter()
+        """The seconds of the workers by name."""
 
     @property
     def marks(self) -> Marks:
@@ -212,6 +219,8 @@ class Keeper:
             if it is not None:
                 it.end()
         self._spare = None
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def _ready(self) -> None:
         """Have a worker that is up: the last one was killed if what it did was given up."""
@@ -259,6 +268,7 @@ class Keeper:
         while True:
             reply = self._receive()
             if isinstance(reply, Done):
+                self.spent.update(reply.spent)
                 return
             assert isinstance(reply, Judged), reply
             task = self._sent[reply.task]
@@ -401,6 +411,7 @@ class Inside:
         self._desk = worker.Desk(plan)
         self._tasks: tuple[Task, ...] = ()
         self._until, self._asked_to_stop, self._heeds = 0.0, stopped, True
+        self.spent: Counter[str] = Counter()
 
     def hello(self) -> Hello:
         """As ``Keeper.hello``."""
@@ -417,8 +428,13 @@ class Inside:
     def finish(self) -> Outcomes:
         """As ``Keeper.finish``, but nothing is run before."""
         found: list[list[Judgement]] = []
+        replies = self._desk.judge(self._tasks)
         try:
-            for reply in self._desk.judge(self._tasks):
+            while True:
+                with spending(JUDGE):
+                    reply = next(replies, None)
+                if reply is None:
+                    break
                 if self._heeds and self._asked_to_stop():
                     break
                 if isinstance(reply, Judged):

@@ -114,9 +114,10 @@ class Judged(Struct, frozen=True, tag=True):
 
 
 class Done(Struct, frozen=True, tag=True):
-    """The batch is over; the tasks after the first ``tasks`` were left out."""
+    """The batch is over; the tasks after the first ``tasks`` were left out. ``spent`` has seconds by name."""
 
     tasks: int
+    spent: dict[str, float] = {}
 
 
 class Died(Struct, frozen=True, tag=True):

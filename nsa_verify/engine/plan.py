@@ -46,6 +46,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     profile: str = "dev"
     workers: int = 1
     shrink: bool = True
+    short_cases: bool = False
+    """Whether cases are small and of one to three replays on any device, as rates are measured with."""
     isolate: bool = False
     """Whether implementations run in worker processes; else they run where the cases are drawn."""
     folder: str = ""

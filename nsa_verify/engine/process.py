@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -216,6 +216,7 @@ def fork_context(device: str) -> ForkServerContext:
     """Processes forked from one that has imported everything, for ``device``, and has no CUDA context."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nsa_verify.engine.preload"])
+    resource_tracker.ensure_running()  # it lifts the block on SIGINT that is set below
     with deaf_children(), _interpreting(device == "cpu"):
         forkserver.ensure_running()
     return context

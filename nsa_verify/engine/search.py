@@ -55,6 +55,7 @@ class _State:
     kept: set[Signature] = field(default_factory=set)
     stop: StopReason = StopReason.EXAMPLES
     replaced: int = 0
+    spent: Counter[str] = field(default_factory=Counter)
     deaths: Counter[Pair] = field(default_factory=Counter)
     """How many rounds each pair has killed a worker in; a hang counts for ``DEATHS_BORNE``."""
 
@@ -127,6 +128,7 @@ def search(
         signatures=tuple(sorted(state.first)),
         digest=state.digest(),
         replaced=state.replaced,
+        spent=dict(state.spent),
     )
 
 
@@ -175,12 +177,13 @@ def _round(state: _State, result: RoundResult, note: Callable[[Disagreement], No
     state.tally.add(result.tally)
     state.cases += result.cases
     state.replaced += result.replaced
+    state.spent.update(result.spent)
     state.digests[result.index] = result.digests
     for pair, code in {(it.finding.implementation, it.finding.executor): it.finding.code for it in result.seen}.items():
         if code in DEATHS:
             state.deaths[pair] += DEATHS_BORNE if code is Code.HANG else 1
     said = digest([f"{pair} {said}" for pair, said in sorted(result.digests.items())])
-    yield RoundFinished(result.index, result.cases, state.cases, said)
+    yield RoundFinished(result.index, result.cases, state.cases, said, result.spent)
     for unjudged in result.unjudged:
         verdict = unjudged.verdict
         yield CheckFailed(verdict.implementation, verdict.executor, verdict.reason, unjudged.case)

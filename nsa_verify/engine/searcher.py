@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,17 +24,20 @@ from msgspec import Struct
 
 from nsa_verify.core.case import Case, size_of
 from nsa_verify.core.findings import Code, Finding, Outcome, Signature, Verdict
+from nsa_verify.core.spent import DRAW, TRANSPORT, WAIT, spending, taken
 from nsa_verify.engine.drawing import draw_round, shrink_round
 from nsa_verify.engine.events import Cell, Matrix, Reliability, Tally
 from nsa_verify.engine.isolation import Inside, Keeper
 from nsa_verify.engine.messages import Hello, Judgement, Pair, Task
-from nsa_verify.engine.plan import EAGER, Plan, digest
+from nsa_verify.engine.plan import EAGER, ROUND_CASES, Plan, digest
 
 RELIABILITY_RUNS = 5
 REPEAT_EVERY = 2
 """While cases are drawn, every second one is checked for idempotence; shrinking and replaying always check."""
-DELAY_EVERY = 10
-"""The same for the delay of the stream, which costs more. The very first case is too simple to show anything."""
+DELAY_EVERY = (10, 50)
+"""The same for the delay of the stream, which costs more; the second once cases share a Setup, in long runs."""
+FRESH_EVERY = 32
+"""The same for capturing graphs afresh where those of earlier cases would serve."""
 SEQUENCE_PROBES = 60
 """How often a sequence of cases is run to make it shorter."""
 DEATHS = (Code.DEATH, Code.HANG)
@@ -74,6 +76,8 @@ class RoundResult(Struct):
     digests: dict[str, str]
     stopped: bool = False
     replaced: int = 0
+    spent: dict[str, float] = {}
+    """Seconds of the searcher by name, and of its worker by name with ``worker: `` in front."""
 
 
 class ShrinkResult(Struct):
@@ -106,7 +110,6 @@ class _Here:
     number = 0
     plan: Plan | None = None
     keeper: Keeper | Inside | None = None
-    temporary: tempfile.TemporaryDirectory[str] | None = None
 
 
 def obey(stop: EventType, all_ready: Barrier, numbers: Synchronized[int]) -> None:
@@ -133,12 +136,9 @@ def keeper_of(plan: Plan) -> Keeper | Inside:
     if _Here.keeper is None or _Here.plan != plan:
         close()
         if plan.isolate:
-            folder = plan.folder
-            if not folder:
-                _Here.temporary = tempfile.TemporaryDirectory(prefix="nsa-verify-")
-                folder = _Here.temporary.name
             own = ("CUDA_VISIBLE_DEVICES", plan.gpus[_Here.number % len(plan.gpus)]) if plan.gpus else None
-            _Here.keeper = Keeper(plan, Path(folder), (own,) if own is not None else (), stopping)
+            folder = Path(plan.folder) if plan.folder else None
+            _Here.keeper = Keeper(plan, folder, (own,) if own is not None else (), stopping)
         else:
             _Here.keeper = Inside(plan, stopping)
         _Here.plan = plan
@@ -150,9 +150,6 @@ def close() -> None:
     keeper, _Here.keeper, _Here.plan = _Here.keeper, None, None
     if keeper is not None:
         keeper.close()
-    if _Here.temporary is not None:
-        _Here.temporary.cleanup()
-        _Here.temporary = None
 
 
 def stop(stopping: bool = True) -> None:
@@ -196,7 +193,8 @@ def run_rounds(
             results.append(_round_result(keeper, indices[len(results)], waiting, without))
         if stopping():
             break
-        keeper.start(tasks, deadline)
+        with spending(TRANSPORT):
+            keeper.start(tasks, deadline)
         waiting = tasks
     if len(results) < len(indices) and waiting and not (results and results[-1].stopped):
         results.append(_round_result(keeper, indices[len(results)], waiting, without))
@@ -207,13 +205,16 @@ def _drawn(plan: Plan, said: Hello, index: int, without: frozenset[Pair]) -> lis
     """The tasks of round ``index``."""
     pairs = tuple(pair for pair in said.pairs if pair not in without)
     tasks: list[Task] = []
+    alone = plan.season(index) is None
+    delay_every = DELAY_EVERY[0] if alone else DELAY_EVERY[1]
 
     def visit(case: Case) -> None:
-        number = len(tasks)
-        repeat, delay = number % REPEAT_EVERY == 0, number % DELAY_EVERY == DELAY_EVERY // 2
-        tasks.append(Task(case, pairs, repeat, delay))
+        number = ROUND_CASES * index + len(tasks)
+        repeat, delay = number % REPEAT_EVERY == 0, number % delay_every == delay_every // 2
+        tasks.append(Task(case, pairs, repeat, delay, alone or number % FRESH_EVERY == FRESH_EVERY - 1))
 
-    draw_round(plan, said.device, index, visit)
+    with spending(DRAW):
+        draw_round(plan, said.device, index, visit)
     return tasks
 
 
@@ -222,7 +223,8 @@ def _round_result(keeper: Keeper | Inside, index: int, tasks: Sequence[Task], wi
     lines: dict[Pair, list[str]] = {}
     replaced = keeper.replaced
     try:
-        outcomes = keeper.finish()
+        with spending(WAIT):
+            outcomes = keeper.finish()
     except KeyboardInterrupt:
         result.stopped = True
         return result
@@ -235,6 +237,8 @@ def _round_result(keeper: Keeper | Inside, index: int, tasks: Sequence[Task], wi
         for pair in without:
             _leave_out(result, task.case, pair)
         result.cases += 1
+    result.spent = taken() | {f"worker: {name}": seconds for name, seconds in keeper.spent.items()}
+    keeper.spent.clear()
     result.digests = {" ".join(pair): digest(said) for pair, said in lines.items()}
     result.stopped = stopping() and result.cases < len(tasks)
     result.replaced = keeper.replaced - replaced

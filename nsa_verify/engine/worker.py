@@ -26,6 +26,7 @@ from nsa_verify.core.findings import Verdict
 from nsa_verify.core.implementation import Implementation
 from nsa_verify.core.marks import MARKS, SIZE, Marks, Phase
 from nsa_verify.core.registry import ImplementationError, load
+from nsa_verify.core.spent import JUDGE, TRANSPORT, spending, taken
 from nsa_verify.engine.events import Subject
 from nsa_verify.engine.messages import (
     ENCODER,
@@ -184,7 +185,7 @@ class Desk:
         from nsa_verify.device.batch import Job
 
         named = [(self._implementations[name], self._executors[executor]) for name, executor in pairs]
-        return Job(task.case, named, task.repeat, task.delay)
+        return Job(task.case, named, task.repeat, task.delay, task.fresh)
 
     def _applies(self, case: Case, pair: Pair) -> tuple[tuple[Mode, ...], tuple[Skip, ...]]:
         """The modes of the case that ``pair`` runs, and those that it skips."""
@@ -277,8 +278,13 @@ def _prepared(request: Prepare, say: Callable[[Reply], None]) -> Desk | None:
 def _judge(desk: Desk, batch: Batch, say: Callable[[Reply], None]) -> None:
     tasks = 0
     replies = desk.judge(batch.tasks, batch.careful)
-    for reply in replies:
-        say(reply)
+    while True:
+        with spending(JUDGE):
+            reply = next(replies, None)
+        if reply is None:
+            break
+        with spending(TRANSPORT):
+            say(reply)
         if isinstance(reply, Judged) and not batch.careful:
             tasks += 1
             if MARKS[0].asked_to_stop or (batch.until and time.time() > batch.until):
@@ -286,7 +292,7 @@ def _judge(desk: Desk, batch: Batch, say: Callable[[Reply], None]) -> None:
                 break
     MARKS[0].take(-1, -1)
     MARKS[0].note(Phase.IDLE)
-    say(Done(tasks if not batch.careful else len(batch.tasks)))
+    say(Done(tasks if not batch.careful else len(batch.tasks), taken()))
 
 
 def _end_if_dead(error: BaseException, say: Callable[[Reply], None]) -> None:

@@ -24,6 +24,7 @@ from nsa_verify.engine.process import EngineError
 from nsa_verify.engine.search import search
 from nsa_verify.shell import gpus
 from nsa_verify.shell import options as opt
+from nsa_verify.shell.bench_commands import bench
 from nsa_verify.shell.corpus_commands import corpus
 from nsa_verify.shell.doctor import doctor
 from nsa_verify.shell.options import ExitCode, Unable
@@ -216,6 +217,7 @@ def explain(code: str) -> None:
         say(console(no_color=True), line)
 
 
+cli.add_command(bench)
 cli.add_command(replay)
 cli.add_command(corpus)
 cli.add_command(doctor)

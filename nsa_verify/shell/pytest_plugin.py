@@ -31,6 +31,7 @@ PREFIX = "nsa-"
 ENTRIES = "nsa_verify_gpus"
 """What the pytest process tells each worker process of pytest-xdist: the entries of ``gpus.placement``."""
 _PLACEMENT = pytest.StashKey[tuple[str, ...]]()
+_KEEPER = pytest.StashKey["Keeper | Inside"]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,12 +82,11 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
     return SavedCase.from_parent(parent, path=file_path)
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     """End the worker, and close the graphs of the cases that were run."""
-    if "nsa_verify.engine.searcher" in sys.modules:
-        from nsa_verify.engine.searcher import close
-
-        close()
+    keeper = session.config.stash.get(_KEEPER, None)
+    if keeper is not None:
+        keeper.close()
 
 
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
@@ -194,9 +194,11 @@ def _keeper(config: pytest.Config) -> Keeper | Inside:
     """This process's worker, which judges on the device and with the implementations that the options name."""
     from nsa_verify.core.registry import ImplementationError
     from nsa_verify.device.select import DeviceError
+    from nsa_verify.engine.isolation import Inside, Keeper
     from nsa_verify.engine.plan import Plan
-    from nsa_verify.engine.searcher import keeper_of
 
+    if _KEEPER in config.stash:
+        return config.stash[_KEEPER]
     references, only, executors = (
         tuple(dict.fromkeys(config.getoption(f"--nsa-{name}"))) for name in ("impl", "only", "executor")
     )
@@ -209,7 +211,8 @@ def _keeper(config: pytest.Config) -> Keeper | Inside:
         isolate=not config.getoption("--nsa-no-isolation"),
     )
     try:
-        keeper = keeper_of(plan)
+        keeper = Keeper(plan) if plan.isolate else Inside(plan)
+        config.stash[_KEEPER] = keeper
         keeper.hello()
     except (ImplementationError, DeviceError) as error:
         # A sentence of this exception is shown without a traceback.

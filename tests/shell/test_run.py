@@ -244,12 +244,12 @@ def test_what_was_never_tested_is_no_agreement(folder: Path) -> None:
 
 
 def test_a_check_that_fails_is_no_agreement(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa_verify.device.judge import Judge
+    from nsa_verify.device import screening
 
     def fail(*_: object) -> None:
         raise RuntimeError("planted [here]")
 
-    monkeypatch.setattr(Judge, "_findings", fail)
+    monkeypatch.setattr(screening, "comparison_for", fail)
     run = ("run", "--only", "vectorized", "-n", 3, "--seed", 1, "-w", 1, "--no-isolation", *EAGER)
     done = invoke(*run)
     assert refused(done) == "some verdicts are unknown: the check itself failed, see above"

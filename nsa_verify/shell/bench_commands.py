@@ -1,0 +1,168 @@
+"""``nsa-verify bench``: measurements."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import click
+from msgspec import Struct
+
+from nsa_verify import __version__
+from nsa_verify.core.findings import Outcome
+from nsa_verify.core.registry import ImplementationError
+from nsa_verify.engine.events import Event, RoundFinished, RunFinished, RunStarted
+from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.process import EngineError
+from nsa_verify.engine.search import search
+from nsa_verify.shell import gpus
+from nsa_verify.shell import options as opt
+from nsa_verify.shell.options import ExitCode, Unable
+from nsa_verify.shell.render import columns, counted, json_text
+from nsa_verify.shell.reporter import console, say
+
+ENDLESS = 10_000_000
+WORKER = "worker: "
+
+
+@click.group(cls=opt.Group)
+def bench() -> None:
+    """Measure what the search costs."""
+
+
+class Rate(Struct, frozen=True):
+    """What was measured: cases in seconds, and the seconds of searchers and workers by name, all of them together."""
+
+    description: str
+    subjects: tuple[str, ...]
+    executors: tuple[str, ...]
+    seed: int
+    workers: int
+    cases: int
+    seconds: float
+    spent: dict[str, float]
+
+    @property
+    def cases_per_s(self) -> float:
+        """In total."""
+        return self.cases / self.seconds if self.seconds else 0.0
+
+
+@bench.command("search")
+@opt.together(opt.IMPL, opt.ONLY, opt.MODE, opt.EXECUTOR, opt.DEVICE, opt.WORKERS, opt.NO_ISOLATION)
+@click.option("--seed", type=click.IntRange(0), default=0, help="The same seed draws the same cases. [default: 0]")
+@click.option("--warm-up", default="5s", metavar="TIME", help="Run for so long before measuring. [default: 5s]")
+@click.option("--max-time", default="10s", metavar="TIME", help="Measure for so long. [default: 10s]")
+@opt.together(opt.JSON, opt.NO_COLOR)
+def search_rate(
+    references: tuple[str, ...],
+    only: tuple[str, ...],
+    modes: tuple[Any, ...],
+    executors: tuple[str, ...],
+    device: str,
+    workers: str,
+    no_isolation: bool,
+    seed: int,
+    warm_up: str,
+    max_time: str,
+    as_json: bool,
+    no_color: bool,
+) -> None:
+    """Cases a second, per worker and in total, and what a case's time is spent on.
+
+    Cases are small, of one to three replays; they are drawn and judged as by ``run``, and nothing is saved. Exit code 1
+    if an implementation disagrees: a rate of wrong results is none.
+    """
+    warm_up_s, measured_s = opt.seconds("--warm-up", warm_up), opt.seconds("--max-time", max_time)
+    plan = Plan(
+        seed=seed,
+        max_examples=ENDLESS,
+        max_time_s=warm_up_s + measured_s,
+        modes=modes or Plan().modes,
+        executors=tuple(dict.fromkeys(executors)),
+        device=device,
+        references=references,
+        only=only,
+        shrink=False,
+        short_cases=True,
+        isolate=not no_isolation,
+        workers=opt.worker_count(workers, device, no_isolation, ENDLESS),
+        gpus=gpus.placement(gpus.gpus_for(device)),
+    )
+    rate, finished = _measure(plan, warm_up_s)
+    out = console(no_color)
+    if as_json:
+        split = {name: seconds / rate.cases if rate.cases else 0.0 for name, seconds in rate.spent.items()}
+        say(out, json_text({"rate": rate, "cases_per_s": rate.cases_per_s, "seconds_per_case": split}))
+    else:
+        for line in _lines(rate):
+            say(out, line)
+    if finished.signatures or finished.matrix.total(Outcome.UNKNOWN):
+        raise SystemExit(ExitCode.DISAGREE if finished.signatures else ExitCode.UNABLE)
+    if not rate.cases:
+        raise Unable("no case was judged after the warm-up; give it more time with --max-time")
+
+
+def _measure(plan: Plan, warm_up_s: float) -> tuple[Rate, RunFinished]:
+    """Run ``plan``, and count from the first round on that ends after the warm-up."""
+    from nsa_verify.device.select import DeviceError
+
+    started: RunStarted | None = None
+    began = warm = last = 0.0
+    cases, spent = 0, Counter[str]()
+    try:
+        for event in _quietly(plan):
+            now = time.perf_counter()
+            if isinstance(event, RunStarted):
+                started, began = event, now
+            elif isinstance(event, RoundFinished) and not warm:
+                warm = now if now - began > warm_up_s else 0.0
+            elif isinstance(event, RoundFinished):
+                cases, last = cases + event.cases, now
+                spent.update(event.spent)
+            elif isinstance(event, RunFinished):
+                assert started is not None
+                names = tuple(subject.name for subject in started.subjects)
+                rate = Rate(
+                    description=started.device,
+                    subjects=names,
+                    executors=started.executors,
+                    seed=plan.seed,
+                    workers=plan.workers,
+                    cases=cases,
+                    seconds=last - warm if cases else 0.0,
+                    spent=dict(spent),
+                )
+                return rate, event
+    except (DeviceError, EngineError, ImplementationError) as error:
+        raise Unable(str(error)) from error
+    raise AssertionError("a search ends with RunFinished")
+
+
+def _quietly(plan: Plan) -> Iterator[Event]:
+    return search(plan, lambda found: found, __version__, {})
+
+
+def _lines(rate: Rate) -> Iterator[str]:
+    yield f"nsa-verify {__version__} on {rate.description}"
+    yield f"{counted(len(rate.subjects), 'implementation')}, executors {', '.join(rate.executors)}; seed {rate.seed}"
+    per_worker = rate.cases_per_s / rate.workers
+    yield (
+        f"{counted(rate.cases, 'case')} in {rate.seconds:.1f} s: {rate.cases_per_s:.1f} cases/s in total,"
+        f" {per_worker:.1f} per worker, {counted(rate.workers, 'worker')}"
+    )
+    if not rate.cases:
+        return
+    rows = [["process", "spent on", "ms a case", "share"]]
+    for process, prefix in (("searcher", ""), ("worker", WORKER)):
+        mine = {
+            name.removeprefix(WORKER): seconds
+            for name, seconds in rate.spent.items()
+            if name.startswith(WORKER) == bool(prefix)
+        }
+        whole = sum(mine.values()) or 1.0
+        for name, seconds in sorted(mine.items(), key=lambda item: -item[1]):
+            rows.append([process, name, f"{1e3 * seconds / rate.cases:.3f}", f"{100 * seconds / whole:.0f}%"])
+    yield from columns(rows)
