@@ -187,7 +187,7 @@ class WorkerProcess:
             words = self._fault_path.read_text(encoding="utf-8", errors="replace")
             frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', words)
             for file, line, function in frames:
-                if not any(part in file for part in _MACHINERY):
+                if not file.startswith("<") and not any(part in file for part in _MACHINERY):
                     return f" ({Path(file).name}:{line} in {function})"
         return ""
 
@@ -217,27 +217,26 @@ def fork_context(device: str) -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nsa_verify.engine.preload"])
     resource_tracker.ensure_running()  # it lifts the block on SIGINT that is set below
-    with deaf_children(), _interpreting(device == "cpu"):
+    # What lies in the working directory must not be imported for what is installed.
+    variables = {"PYTHONSAFEPATH": "1"} | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
+    with deaf_children(), _environment(**variables):
         forkserver.ensure_running()
     return context
 
 
 @contextmanager
-def _interpreting(wanted: bool) -> Iterator[None]:
-    """Processes started here run Triton kernels in its interpreter."""
-    before = os.environ.get(_INTERPRET)
-    if wanted:
-        os.environ[_INTERPRET] = "1"
+def _environment(**variables: str) -> Iterator[None]:
+    """Processes started here have these environment variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if wanted and before is None:
-            del os.environ[_INTERPRET]
-        elif before is not None:
-            os.environ[_INTERPRET] = before
-
-
-_INTERPRET: Final = "TRITON_INTERPRET"
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import pytest
@@ -380,8 +380,14 @@ def test_a_setup_too_large_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_trespass_that_only_the_device_sees_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    session: Callable[..., Any] = type(GRAPH.open(rig_for(SETUP, DEVICE), capturable(), {}))
-    monkeypatch.setattr(session, "trespassed", lambda _: torch.tensor(True, device=DEVICE))
+    session: Any = type(GRAPH.open(rig_for(SETUP, DEVICE), capturable(), {}))
+    real, asked = session.trespassed, []
+
+    def seen_once(self: Any) -> Any:
+        asked.append(self)
+        return torch.tensor(True, device=DEVICE) if len(asked) == 1 else real(self)
+
+    monkeypatch.setattr(session, "trespassed", seen_once)
     verdicts = [verdict for *_, verdict in judge_batch([Job(CASE, [(capturable(), GRAPH)])], DEVICE)]
     assert verdicts[0].primary is not None
     assert verdicts[0].primary.code is Code.NOT_DETERMINISTIC

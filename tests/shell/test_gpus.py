@@ -358,6 +358,7 @@ def test_a_process_that_uses_cuda_already_is_left_alone(monkeypatch: pytest.Monk
     elsewhere = dict(os.environ)
     assert gpus.pin(1, elsewhere, ("0", "1")) == "1", "the environment of another process"
     initialized[0] = False
+    monkeypatch.setattr(gpus, "ctypes", types.SimpleNamespace())  # this very process may have started the driver
     assert gpus.pin(1, os.environ, ("0", "1")) == "1"
 
 
