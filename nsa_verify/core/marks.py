@@ -96,6 +96,8 @@ class Marks:
     def read(self) -> Mark:
         """The last note."""
         beat, job, pair, phase, replay = _WORDS.unpack_from(self._memory, 0)
+        if phase not in set(Phase):  # somebody else wrote here
+            return Mark(beat, -1, -1, Phase.IDLE, -1)
         return Mark(beat, job, pair, Phase(phase), replay)
 
     def clear(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
@@ -126,7 +127,9 @@ def call(rig: Rig, implementation: Implementation, key: GraphKey, watched: Watch
                     implementation.refresh(inputs, steps, rig.setup)
     except CaptureRefused:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            raise  # Ctrl-C, where implementations run in the process that hears it
         raise ImplementationRaised(error) from error
 
 

@@ -25,7 +25,7 @@ from nsa_verify.device.launches import Launch, intercepted
 from nsa_verify.device.memory import Memory, tensors_in
 from nsa_verify.device.rig import Rig
 from nsa_verify.device.rules import divided, fresh, is_divisible
-from nsa_verify.device.stops import CaptureRefused, GraphKey, ImplementationRaised
+from nsa_verify.device.stops import CaptureRefused, GraphKey, ImplementationRaised, words_of
 from nsa_verify.device.temporaries import TEMPORARY_POISON, WatchedCalls
 
 BLOCK_SIZES: Final = tuple(512 << power for power in range(0, 13, 2))
@@ -365,13 +365,14 @@ _STREAMS: Final = ("another stream", "legacy stream", "unjoined", "uncaptured wo
 def _refusal(error: BaseException, errors: Sequence[str], source: str) -> Exception:
     """What ``error``, raised while a graph was captured, says; ``errors`` are those that torch raised, swallowed ones
     included."""
-    said = " ".join(str(error).split("\n")[:1])
-    if "captur" not in str(error).lower():
+    text = words_of(error)
+    said = " ".join(text.split("\n")[:1])
+    if "captur" not in text.lower():
         return ImplementationRaised(error)
     frames = traceback.extract_tb(error.__traceback__)
     spoilt = [it for it in errors if "captur" in it.lower()]
     first = spoilt[0] if spoilt else f"{said} ({line_of(error, source)})"
-    if any(words in str(error) for words in _STREAMS):
+    if any(words in text for words in _STREAMS):
         return CaptureRefused(Code.OTHER_STREAM, first)
     if any(frame.name == "synchronize" for frame in frames) or first.startswith("synchronize "):
         return CaptureRefused(Code.NEEDS_SYNC, first)

@@ -39,7 +39,7 @@ from nsa_verify.device.pool import Difference
 from nsa_verify.device.rig import Rig, rig_for
 from nsa_verify.device.select import DeviceError, resolve
 from nsa_verify.device.state import state_of
-from nsa_verify.device.stops import CaptureRefused, GraphKey, ImplementationRaised, Stop
+from nsa_verify.device.stops import CaptureRefused, GraphKey, ImplementationRaised, Stop, words_of
 
 _LASTING: Final = frozenset({Code.RECOMPILES, Code.SILENT_FALLBACK})
 """What an implementation may do once and not again: it remembers."""
@@ -410,7 +410,7 @@ class Judge:
         if isinstance(stop, CaptureRefused):
             return replace(self._blank(implementation, executor, stop.code, replay), message=during + stop.sentence)
         error = stop.error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+        lines = [line.strip() for line in words_of(error).splitlines() if line.strip()] or ["no message"]
         # A compiler's message starts with the place and ends with what is wrong there.
         sentence = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
         where = stop.line or line_of(error, implementation.file)
@@ -456,4 +456,5 @@ _CONTENT: Final = frozenset(
 def fault_of(error: Exception) -> str:
     """What is said of a verdict that is unknown because of ``error``."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"the check itself failed: {type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+    at = f"{Path(frame.filename).name}:{frame.lineno}"
+    return f"the check itself failed: {type(error).__name__}: {words_of(error)} ({at})"

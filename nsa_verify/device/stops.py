@@ -9,6 +9,15 @@ GraphKey = tuple[Mode, int]
 """The mode and the bucket that a graph serves."""
 
 
+def words_of(error: BaseException) -> str:
+    """The message of ``error``, as text that can be written down; an exception may refuse to give any."""
+    try:
+        said = str(error)
+    except Exception as refusal:  # noqa: BLE001 - it is the implementation's own code
+        said = f"its message cannot be had ({type(refusal).__name__})"
+    return said.encode("utf-8", "backslashreplace").decode()
+
+
 class ImplementationRaised(Exception):
     """The implementation raised ``error``; ``while_capturing`` names the graph that was being made, if one was.
 
@@ -16,7 +25,7 @@ class ImplementationRaised(Exception):
     """
 
     def __init__(self, error: BaseException, while_capturing: GraphKey | None = None, line: str | None = None) -> None:
-        super().__init__(str(error))
+        super().__init__(words_of(error))
         self.error, self.while_capturing, self.line = error, while_capturing, line
 
 

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from nsa_verify.device.blame import line_now
 from nsa_verify.device.layout import POISON_LOW
+from nsa_verify.device.stops import words_of
 
 TEMPORARY_POISON: Final = POISON_LOW + 1234
 """What uninitialised integer memory of an implementation's own temporaries holds."""
@@ -51,7 +52,7 @@ class WatchedCalls(TorchFunctionMode):
 
     def failed(self, what: str, error: Exception) -> None:
         """Note that ``what`` raised ``error`` at the implementation's current line."""
-        said = (str(error).splitlines() or [""])[0]
+        said = (words_of(error).splitlines() or [""])[0]
         self.errors.append(f"{what} raised {type(error).__name__}: {said} ({line_now(self._source)})")
 
 

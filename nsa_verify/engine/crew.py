@@ -164,8 +164,8 @@ class Crew:
             searcher.close()
         if isinstance(error, BrokenProcessPool):
             raise EngineError(
-                f"the processes that draw the cases were killed {TRIES} times; see whether memory runs out here, and"
-                " run again with fewer --workers"
+                "the processes that draw the cases were killed; see whether memory runs out here, and run again, with"
+                " fewer --workers if it does"
             ) from error
 
     def _on_interrupt(self, _: int, __: FrameType | None) -> None:

@@ -25,10 +25,13 @@ from nsa_verify.core.findings import Signature
 from nsa_verify.core.marks import SIZE, Marks
 from nsa_verify.engine.corpus import CorpusError, Entry, Kind, dumps, load, save
 from nsa_verify.engine.messages import REQUESTS, Batch, Pair
-from nsa_verify.engine.process import MARKS_SUFFIX, TASKS_SUFFIX
+from nsa_verify.engine.process import MARKS_SUFFIX, TASKS_SUFFIX, EngineError
 
 FOLDER: Final = ".inflight"
 _LOCK: Final = "lock"
+_NEW, _OLD = ".new-", ".old-"
+"""What a folder's name begins with before it is locked, and once it is not any more."""
+TRIES: Final = 20
 
 
 class Interrupted(Struct, frozen=True):
@@ -41,7 +44,10 @@ class Interrupted(Struct, frozen=True):
     def forget(self) -> None:
         """It was judged again."""
         self.path.unlink(missing_ok=True)
-        _remove_empty(self.path.parent)
+        folder = self.path.parent
+        if not any(folder.glob("*.case")) and not any(folder.glob("*.json")):
+            shutil.rmtree(folder, ignore_errors=True)
+            _remove_empty(folder.parent)
 
 
 class Left(Struct):
@@ -56,22 +62,37 @@ class RunFolder:
     """The folder of this run, from its start to its end. Raises ``CorpusError`` if it cannot be had."""
 
     def __init__(self, root: Path) -> None:
-        self.path = root.absolute() / FOLDER / f"{os.getpid()}-{secrets.token_hex(4)}"
-        try:
-            self.path.mkdir(parents=True)
-            self._lock = FileLock(self.path / _LOCK)
-            self._lock.acquire(timeout=0)
-        except (OSError, NotImplementedError) as error:
-            raise CorpusError(
-                f"{self.path}: cannot keep the cases in flight here: {error}; give another folder with --corpus"
-            ) from error
+        self._is_new = not root.exists()
+        name = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self.path = root.absolute() / FOLDER / name
+        new = self.path.with_name(_NEW + name)
+        for _ in range(TRIES):
+            try:
+                new.mkdir(parents=True, exist_ok=True)
+                self._lock = FileLock(new / _LOCK)
+                self._lock.acquire(timeout=0)
+                new.rename(self.path)  # nobody looks at it before it is locked
+            except (FileNotFoundError, Timeout):  # somebody else cleans up behind a run that has ended
+                continue
+            except (OSError, NotImplementedError) as error:
+                raise CorpusError(
+                    f"{self.path}: cannot keep the cases in flight here: {error}; give another folder with --corpus"
+                ) from error
+            return
+        raise CorpusError(f"{self.path}: other runs remove it again and again; give another folder with --corpus")
 
     def remember(self, signature: Signature, entry: Entry) -> None:
-        """Keep a disagreement that was reported, until it is in the corpus."""
+        """Keep a disagreement that is about to be reported, until it is in the corpus. Raises ``EngineError``."""
         path = self._path_of(signature)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(dumps(entry), encoding="utf-8")
-        temporary.replace(path)
+        try:
+            temporary.write_text(dumps(entry), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise EngineError(
+                f"{self.path}: cannot keep what was found: {error.strerror}; make room there, or give another folder"
+                " with --corpus"
+            ) from error
 
     def forget(self, signature: Signature) -> None:
         """It is in the corpus."""
@@ -86,10 +107,20 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         if not any(self.path.glob("*.json")):
-            shutil.rmtree(self.path, ignore_errors=True)
+            _remove(self.path, self._lock)
         self._lock.release()
         _remove_empty(self.path.parent)
-        _remove_empty(self.path.parent.parent)
+        if self._is_new:
+            _remove_empty(self.path.parent.parent)
+
+
+def _remove(folder: Path, lock: FileLock) -> None:
+    """Remove a folder whose ``lock`` is held: out of sight first, since whoever looks at it must find it locked."""
+    old = folder.with_name(_OLD + folder.name)
+    with suppress(OSError):
+        folder.rename(old)
+        lock.release()
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def recover(root: Path) -> Left:
@@ -100,6 +131,8 @@ def recover(root: Path) -> Left:
     """
     left = Left()
     for folder in sorted((root / FOLDER).glob("*")):
+        if folder.name.startswith((_NEW, _OLD)) or not folder.is_dir():
+            continue
         lock = FileLock(folder / _LOCK)
         try:
             lock.acquire(timeout=0)
@@ -108,13 +141,11 @@ def recover(root: Path) -> Left:
         try:
             _save_findings(root, folder, left)
             cases = list(_interrupted(folder, left))
-            for path in folder.iterdir():
-                if path.name != _LOCK and path.suffix not in (".case", ".json"):
-                    path.unlink(missing_ok=True)
             left.interrupted += cases
+            if not cases and not any(folder.glob("*.json")):
+                _remove(folder, lock)
         finally:
             lock.release()
-        _remove_empty(folder)
     _remove_empty(root / FOLDER)
     return left
 
@@ -143,8 +174,11 @@ def _interrupted(folder: Path, left: Left) -> Iterator[Interrupted]:
             pair = task.pairs[mark.pair] if 0 <= mark.pair < len(task.pairs) else None
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             left.problems.append(f"{path}: cannot be read: {error}; it was removed, no finding is lost")
+            with suppress(OSError):
+                path.unlink()
             continue
         path.with_suffix(".case").write_bytes(msgspec.json.encode((task.case, pair)))
+        path.unlink()
     for path in sorted(folder.glob("*.case")):
         try:
             case, pair = msgspec.json.decode(path.read_bytes(), type=tuple[Case, Pair | None])
@@ -156,8 +190,6 @@ def _interrupted(folder: Path, left: Left) -> Iterator[Interrupted]:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Remove a folder in which nothing, or only a lock, is left."""
+    """Remove a folder in which nothing is left."""
     with suppress(OSError):
-        if [it.name for it in folder.iterdir()] == [_LOCK]:
-            (folder / _LOCK).unlink()
         folder.rmdir()

@@ -46,8 +46,10 @@ COMPILE_S: Final = 300.0
 """How long a compilation may take."""
 FIRST_S: Final = {"cpu": 30.0, "cuda": 90.0}
 """How long the first call of an implementation may be silent: it may compile by means of its own."""
-LEAST_S: Final = {"cpu": 3.0, "cuda": 10.0}
-"""How long any later call may be, at least."""
+LEAST_S: Final = {"cpu": 10.0, "cuda": 20.0}
+"""How long any later call may be, at least: a new shape may be compiled for."""
+GUILTY_S: Final = 20.0
+"""How long is looked for who kills only after other cases."""
 SLOWER: Final = 10.0
 """How many times longer than the slowest step so far a step may take."""
 
@@ -143,18 +145,22 @@ class Keeper:
                 break
             except WorkerDied as died:
                 death, sent = died.death, self._sent
+            if self._stopped():  # whoever asked for that may have ended the worker as well
+                raise KeyboardInterrupt
             history = list(self._history)
             self._replace()
             suspect = self._suspect(death, sent)
             if suspect is None:
                 self._count_unexplained(death)
             else:
-                last = len(self._tasks) - len(sent) + death.mark.job
-                blamed = [self._careful(self._tasks[at], dead, found) for at in range(len(found), last + 1)]
+                told, last = len(found), len(self._tasks) - len(sent) + death.mark.job
+                blamed = [self._careful(self._tasks[at], dead, found) for at in range(told, last + 1)]
                 if not any(blamed):
-                    found[last][suspect] = self._accused(self._tasks[last], suspect, death, found[last][suspect])
-                    dead[suspect] = f"not run again in its round: {_SHORT[death.code]}"
-                    before[last, self._tasks[last].pairs.index(suspect)] = history
+                    earlier = [*history, *(it.case for it in self._tasks[told:last])]
+                    guilty = self._guilty_with(earlier, self._tasks[last], suspect, death.code)
+                    found[last][guilty] = self._accused(self._tasks[last], guilty, death, found[last][guilty])
+                    dead[guilty] = f"not run again in its round: {_SHORT[death.code]}"
+                    before[last, self._tasks[last].pairs.index(guilty)] = earlier
             if self._stopped() or (self._until and time.time() > self._until):
                 break
             self._send(tuple(self._without(it, dead) for it in self._tasks[len(found) :]))
@@ -241,14 +247,15 @@ class Keeper:
 
     def _adopt(self) -> None:
         self._history.clear()
-        self._now = self._spare or self._another()
+        spare, self._spare = self._spare, None
+        self._now = spare or self._another()
         self._spare = self._another() if self.replaced else None
         self.hello()
 
     def _send(self, tasks: tuple[Task, ...], careful: bool = False) -> None:
         """Hand over a batch that lies on disk: the marks beside it say which of its cases is in flight."""
         self._sent = tasks
-        batch = Batch(tasks, careful, self._until)
+        batch = Batch(tasks, careful, self._until, self._allowance)
         self._now.write_down(batch)
         self._now.marks.ask_to_stop(False)
         self._now.send(batch)
@@ -290,8 +297,10 @@ class Keeper:
         while left := tuple(pair for pair in task.pairs if pair not in judged and pair not in dead):
             here, death, starting = self._one_by_one(msgspec.structs.replace(task, pairs=left))
             judged |= here
-            if death is None or starting is None:
+            if death is None:
                 break
+            if starting is None:
+                continue
             pair, died = left[starting.pair], True
             guilty = self._guilty(task, tuple(here), pair)
             judged[guilty] = self._judgement(task, guilty, starting, death)
@@ -331,6 +340,18 @@ class Keeper:
             if self._dies(task, (other, pair)):
                 return other
         return pair
+
+    def _guilty_with(self, earlier: Sequence[Case], task: Task, suspect: Pair, code: Code) -> Pair:
+        """Who kills, but only after the cases ``earlier``: the first pair of which, run alone on all of them, a worker
+        dies as it did; or which makes ``suspect`` die. Failing that ``suspect``, which was in flight."""
+        until = time.monotonic() + GUILTY_S
+        cases = (*earlier, task.case)
+        alone: list[tuple[Pair, ...]] = [(suspect,), *((it,) for it in task.pairs if it != suspect)]
+        before: list[tuple[Pair, ...]] = [(it, suspect) for it in task.pairs if it != suspect]
+        for pairs in alone + before:
+            if time.monotonic() < until and self.dies_of([Task(it, pairs) for it in cases]) is code:
+                return pairs[0]
+        return suspect
 
     def _dies(self, task: Task, pairs: tuple[Pair, ...]) -> bool:
         return self._one_by_one(msgspec.structs.replace(task, pairs=pairs))[1] is not None

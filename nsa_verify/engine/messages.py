@@ -73,6 +73,8 @@ class Batch(Struct, frozen=True, tag=True):
     tasks: tuple[Task, ...]
     careful: bool = False
     until: float = 0.0
+    allowance: int = 0
+    """Bytes of memory that the worker may have taken since it was up when a task is done; 0: no limit."""
 
 
 class Ask(Struct, frozen=True, tag=True):
@@ -121,7 +123,7 @@ class Done(Struct, frozen=True, tag=True):
 
 
 class Died(Struct, frozen=True, tag=True):
-    """The device's context is dead; the worker ends itself after this, and the sentence is the device's."""
+    """The device's context is dead, or the memory's limit is passed: so the worker ends itself, with this sentence."""
 
     sentence: str
 

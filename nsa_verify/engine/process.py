@@ -10,10 +10,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import connection as connections
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from nsa_verify.core.findings import Code
 from nsa_verify.core.marks import SIZE, Mark, Marks
@@ -25,6 +28,8 @@ POLL_S: Final = 0.05
 START_S: Final = 300.0
 """How long a worker may take to import implementations and to create the device's context."""
 GRACE_S: Final = 2.0
+STOPPED_S: Final = 0.5
+"""A pause between two looks that only somebody who was stopped can make."""
 MEMORY_SHARE: Final = 0.5
 """What all workers together may use of the memory that is free when the engine starts."""
 LEAST_MEMORY: Final = 1 << 30
@@ -95,8 +100,14 @@ class WorkerProcess:
     def write_down(self, batch: Batch) -> None:
         """Keep what it is about to be handed, in one step."""
         temporary = self._tasks_path.with_suffix(".tmp")
-        temporary.write_bytes(ENCODER.encode(batch))
-        temporary.replace(self._tasks_path)
+        try:
+            temporary.write_bytes(ENCODER.encode(batch))
+            temporary.replace(self._tasks_path)
+        except OSError as error:
+            raise EngineError(
+                f"{temporary.parent}: cannot keep the cases in flight: {error.strerror}; make room there, or give"
+                " another folder with --corpus"
+            ) from error
 
     def ready(self, stopped: Callable[[], bool]) -> Hello:
         """Wait until it is up. Raises what kept it from that."""
@@ -113,15 +124,20 @@ class WorkerProcess:
         """The next reply. Raises ``WorkerDied`` if there is none: it ended, was silent, or took more memory than
         ``allowance`` bytes (0: no limit) and was ended for it."""
         watched = self.marks.read()
-        since, waited = time.monotonic(), self._queued_s()
+        since = looked = time.monotonic()
+        waited = self._queued_s()
         asked_at: float | None = None
         while True:
-            if self._connection.poll(POLL_S):
-                try:
-                    reply: Reply = REPLIES.decode(self._connection.recv_bytes())
-                    return reply
-                except (EOFError, ConnectionResetError):
-                    raise WorkerDied(Death(self._how_it_ended(), self.marks.read(), False)) from None
+            ready = connections.wait([self._connection, self._process.sentinel], POLL_S)
+            self._refuse_appetite(allowance)
+            if self._connection in ready:
+                return self._read()
+            if ready:  # it is gone, and whoever holds its end of the connection has nothing to say
+                raise WorkerDied(Death(self._how_it_ended(), self.marks.read(), False))
+            now = time.monotonic()
+            if now - looked > STOPPED_S:  # this very process was stopped, or had no core
+                since += now - looked
+            looked = now
             mark = self.marks.read()
             if mark.beat != watched.beat:
                 watched, since, waited = mark, time.monotonic(), self._queued_s()
@@ -131,16 +147,30 @@ class WorkerProcess:
                 if time.monotonic() - asked_at > GRACE_S:
                     self.kill()
                     raise KeyboardInterrupt
-            if allowance and self._resident() - self._base_bytes > allowance:
-                self._tell_where()
-                self.kill()
-                sentence = f"it took more than {allowance >> 20} MiB of memory and was ended{self._where()}"
-                raise WorkerDied(Death(sentence, mark, False))
             silent = time.monotonic() - since - (self._queued_s() - waited)
             if silent > patience_s(mark):
                 self._tell_where()
                 self.kill()
                 raise WorkerDied(Death(f"no sign of life for {silent:.1f} s{self._where()}", mark, True))
+
+    def _read(self) -> Reply:
+        try:
+            reply: Reply = REPLIES.decode(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            raise WorkerDied(Death(self._how_it_ended(), self.marks.read(), False)) from None
+        except msgspec.MsgspecError:
+            mark = self.marks.read()
+            self.kill()
+            raise WorkerDied(Death("it wrote into its worker's connection to the engine", mark, False)) from None
+        return reply
+
+    def _refuse_appetite(self, allowance: int) -> None:
+        if allowance and self._resident() - self._base_bytes > allowance:
+            mark = self.marks.read()
+            self._tell_where()
+            self.kill()
+            sentence = f"{worker.appetite(allowance)}{self._where()}"
+            raise WorkerDied(Death(sentence, mark, False))
 
     def kill(self) -> None:
         """End it, whatever it is doing."""
@@ -162,7 +192,7 @@ class WorkerProcess:
             path.unlink(missing_ok=True)
 
     def _how_it_ended(self) -> str:
-        self._process.join(30)
+        self._process.join(GRACE_S)
         code = self._process.exitcode
         if code is None:
             self.kill()
@@ -198,9 +228,7 @@ class WorkerProcess:
         return 0.0
 
     def _resident(self) -> int:
-        with suppress(OSError, IndexError, ValueError):
-            return int(Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()[1]) * _PAGE_BYTES
-        return 0
+        return worker.resident(self.pid or os.getpid())
 
 
 _OWN: Final = Path(__file__).parent.parent
@@ -209,19 +237,32 @@ _MACHINERY: Final = (
     *(f"{os.sep}{part}{os.sep}" for part in ("torch", "triton", "numpy", "ctypes", "multiprocessing")),
 )
 """Parts of the paths of files that no death is blamed on."""
-_PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 def fork_context(device: str) -> ForkServerContext:
     """Processes forked from one that has imported everything, for ``device``, and has no CUDA context."""
     context = multiprocessing.get_context("forkserver")
+    if _share_forkserver():
+        return context
     context.set_forkserver_preload(["nsa_verify.engine.preload"])
-    resource_tracker.ensure_running()  # it lifts the block on SIGINT that is set below
+    resource_tracker.ensure_running()  # it lifts the block on signals that is set below
     # What lies in the working directory must not be imported for what is installed.
     variables = {"PYTHONSAFEPATH": "1"} | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
     with deaf_children(), _environment(**variables):
         forkserver.ensure_running()
     return context
+
+
+def _share_forkserver() -> bool:
+    """Whether this process was forked from a fork server itself, which then serves it as well.
+
+    By default it would start another, which would have to import everything anew.
+    """
+    server: Any = forkserver._forkserver
+    if getattr(server, "_forkserver_pid", None) is None and getattr(server, "_forkserver_address", None):
+        server.ensure_running = lambda: None
+        return True
+    return False
 
 
 @contextmanager
@@ -241,8 +282,8 @@ def _environment(**variables: str) -> Iterator[None]:
 
 @contextmanager
 def deaf_children() -> Iterator[None]:
-    """Processes started here never hear the terminal's Ctrl-C, not even before their first line of Python has run."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Processes started here hear neither Ctrl-C nor a SIGTERM to the group until they are ready for them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

@@ -53,6 +53,8 @@ class _State:
     digests: dict[int, dict[str, str]] = field(default_factory=dict)
     first: dict[Signature, tuple[int, Seen]] = field(default_factory=dict)
     kept: set[Signature] = field(default_factory=set)
+    recovered: set[Signature] = field(default_factory=set)
+    """What the cases showed that had been in flight when earlier runs were killed."""
     stop: StopReason = StopReason.EXAMPLES
     replaced: int = 0
     spent: Counter[str] = field(default_factory=Counter)
@@ -67,7 +69,7 @@ class _State:
     def digest(self) -> str:
         """A function of the cases and verdicts of all pairs but those that killed workers: when these are no longer run
         depends on which worker was faster."""
-        deadly = {" ".join(pair) for pair in self.deaths}
+        deadly = {f"{it.implementation} {it.executor}" for it in self.first if it.code in DEATHS}
         return digest(
             [
                 f"{pair} {said}"
@@ -109,7 +111,7 @@ def search(
         yield WorkersReady(time.perf_counter() - began)
         try:
             if left is not None:
-                yield from _recovered(plan, crew, state, left, note)
+                yield from _recovered(plan, crew, state, left, keep, note)
             began = time.perf_counter()
             yield from _rounds(plan, crew, state, note)
             seconds = time.perf_counter() - began
@@ -125,7 +127,7 @@ def search(
         cases=state.cases,
         seconds=seconds,
         stop=state.stop,
-        signatures=tuple(sorted(state.first)),
+        signatures=tuple(sorted(state.recovered | set(state.first))),
         digest=state.digest(),
         replaced=state.replaced,
         spent=dict(state.spent),
@@ -133,7 +135,7 @@ def search(
 
 
 def _recovered(
-    plan: Plan, crew: Crew, state: _State, left: Left, note: Callable[[Disagreement], None]
+    plan: Plan, crew: Crew, state: _State, left: Left, keep: Keep, note: Callable[[Disagreement], None]
 ) -> Iterator[Event]:
     """Judge the cases that were in flight when earlier runs were killed, those of implementations that are here."""
     loaded = {it.name for it in crew.said.subjects}
@@ -145,9 +147,16 @@ def _recovered(
     for it in here:
         promise = crew.submit(judge_again, plan, it.case)
         result = crew.result(*crew.wait([promise]))
-        if result is not None and not result.stopped:
-            yield from _round(state, result, note)
-            it.forget()
+        if result is None or result.stopped:
+            return
+        state.replaced += result.replaced
+        for seen in result.seen:
+            found = _as_drawn(seen, "it was in flight when an earlier run was killed")
+            note(found)
+            yield DisagreementSeen(seen.signature, seen.finding)
+            state.recovered.add(seen.signature)
+            yield keep(found)
+        it.forget()
 
 
 def _rounds(plan: Plan, crew: Crew, state: _State, note: Callable[[Disagreement], None]) -> Iterator[Event]:
@@ -179,9 +188,10 @@ def _round(state: _State, result: RoundResult, note: Callable[[Disagreement], No
     state.replaced += result.replaced
     state.spent.update(result.spent)
     state.digests[result.index] = result.digests
-    for pair, code in {(it.finding.implementation, it.finding.executor): it.finding.code for it in result.seen}.items():
-        if code in DEATHS:
-            state.deaths[pair] += DEATHS_BORNE if code is Code.HANG else 1
+    for it in result.seen:
+        if it.finding.code in DEATHS and not it.before:  # what came once and not again excludes nobody
+            pair = it.finding.implementation, it.finding.executor
+            state.deaths[pair] += DEATHS_BORNE if it.finding.code is Code.HANG else 1
     said = digest([f"{pair} {said}" for pair, said in sorted(result.digests.items())])
     yield RoundFinished(result.index, result.cases, state.cases, said, result.spent)
     for unjudged in result.unjudged:

@@ -40,6 +40,7 @@ FRESH_EVERY = 32
 """The same for capturing graphs afresh where those of earlier cases would serve."""
 SEQUENCE_PROBES = 60
 """How often a sequence of cases is run to make it shorter."""
+LEFT_OUT = "not run again: it killed its worker, or hung, in earlier rounds"
 DEATHS = (Code.DEATH, Code.HANG)
 
 
@@ -119,6 +120,8 @@ def obey(stop: EventType, all_ready: Barrier, numbers: Synchronized[int]) -> Non
     with numbers.get_lock():
         _Here.number, numbers.value = numbers.value, numbers.value + 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     Finalize(None, close, exitpriority=0)
     threading.Thread(target=_follow_engine, daemon=True).start()
 
@@ -259,10 +262,36 @@ def judge_saved(plan: Plan, case: Case, before: Sequence[Case] = ()) -> list[Ver
     pairs = keeper.hello().pairs
     if before:
         keeper.renew()
-    outcomes = keeper.judge([Task(it, pairs) for it in (*before, case)])
-    if stopping() or len(outcomes.judgements) <= len(before):
+    judged = judge_after(keeper, before, case, pairs)
+    if stopping() or judged is None:
         raise KeyboardInterrupt
-    return [judgement.verdict for judgement in outcomes.judgements[-1]]
+    return judged
+
+
+def judge_after(
+    keeper: Keeper | Inside, before: Sequence[Case], case: Case, pairs: tuple[Pair, ...]
+) -> list[Verdict] | None:
+    """The verdicts of ``pairs`` on ``case``, after the cases ``before``; None if it was left out.
+
+    A pair that dies of one of those has its death for a verdict: the case was found because of what came before.
+    """
+    judged = keeper.judge([Task(it, pairs) for it in (*before, case)]).judgements
+    if len(judged) <= len(before):
+        return None
+    verdicts = []
+    for place in range(len(pairs)):
+        told = [judgements[place].verdict for judgements in judged]
+        deaths = [it for it in told if it.primary is not None and it.primary.code in DEATHS]
+        verdicts.append(_moved(deaths[0], case) if deaths else told[-1])
+    return verdicts
+
+
+def _moved(death: Verdict, case: Case) -> Verdict:
+    """A death of an earlier case, told of ``case``."""
+    assert death.primary is not None
+    replay = min(death.primary.replay, len(case.replays) - 1)
+    finding = msgspec.structs.replace(death.primary, replay=replay, mode=case.replays[replay].mode)
+    return msgspec.structs.replace(death, findings=(finding,))
 
 
 def shrink(plan: Plan, index: int, seen: Seen) -> ShrinkResult | None:
@@ -335,6 +364,7 @@ def _shorten(plan: Plan, seen: Seen) -> ShrinkResult:
                 size //= 2
         disagreed = sum(dies(before) for _ in range(RELIABILITY_RUNS)) if stable else 0
         reliability = Reliability(disagreed, RELIABILITY_RUNS if stable else 1)
+        stable = disagreed > 0
     except KeyboardInterrupt:
         reliability = Reliability(0, 0)
     died = keeper.replaced - replaced
@@ -384,7 +414,7 @@ def _count(result: RoundResult, case: Case, judgement: Judgement, before: list[C
 def _leave_out(result: RoundResult, case: Case, pair: Pair) -> None:
     """Count a case that a pair was spared, because it killed workers before."""
     for mode in dict.fromkeys(replay.mode for replay in case.replays):
-        result.matrix.cell(*pair, mode).add(Cell(not_applicable=1, reasons={"not run again: it killed its worker": 1}))
+        result.matrix.cell(*pair, mode).add(Cell(not_applicable=1, reasons={LEFT_OUT: 1}))
 
 
 def _summary(verdict: Verdict) -> str:

@@ -138,6 +138,8 @@ class Desk:
             Subject(it.name, it.source, str(it.extent), tuple(mode for mode in plan.modes if mode in it.modes))
             for it in implementations
         )
+        self.base_bytes = 0
+        """The memory that this process had when it was up."""
         self.hello = Hello(self._device, describe(self._device), subjects, tuple(self._executors))
 
     def warm_up(self) -> None:
@@ -215,6 +217,9 @@ class Place(NamedTuple):
 def serve(place: Place) -> None:
     """Answer requests until the engine closes the connection. Runs in a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides when to stop, not the terminal's Ctrl-C
+    os.setpgid(0, 0)  # nor whoever signals the engine's group
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    os.dup2(2, 1)  # standard output is the engine's: what an implementation prints is no part of a report
     _die_with(place.lifeline)
     _offer_to_the_oom_killer()
     os.environ.update(place.environment)
@@ -226,6 +231,21 @@ def serve(place: Place) -> None:
         with suppress(EOFError, BrokenPipeError, ConnectionResetError):
             _answer(place.connection)
         close()
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process has; 0 if that cannot be told."""
+    with suppress(OSError, IndexError, ValueError):
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * _PAGE_BYTES
+    return 0
+
+
+def appetite(allowance: int) -> str:
+    """What is said of a worker that has taken more memory than it may."""
+    return f"it took more than {allowance >> 20} MiB of memory and was ended"
+
+
+_PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 def _answer(connection: Connection) -> None:
@@ -260,6 +280,7 @@ def _prepared(request: Prepare, say: Callable[[Reply], None]) -> Desk | None:
     try:
         desk = Desk(request.plan)
         desk.warm_up()
+        desk.base_bytes = resident(os.getpid())
     except ImplementationError as error:
         refused = Refused("implementation", str(error))
     except DeviceError as error:
@@ -281,6 +302,9 @@ def _judge(desk: Desk, batch: Batch, say: Callable[[Reply], None]) -> None:
     while True:
         with spending(JUDGE):
             reply = next(replies, None)
+        if batch.allowance and resident(os.getpid()) - desk.base_bytes > batch.allowance:
+            say(Died(appetite(batch.allowance)))
+            _end()
         if reply is None:
             break
         with spending(TRANSPORT):

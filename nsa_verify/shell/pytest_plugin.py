@@ -246,13 +246,15 @@ class CaseItem(pytest.Item):
     def runtest(self) -> None:
         """Judge the case."""
         from nsa_verify.core.findings import Outcome
-        from nsa_verify.engine.messages import Task
+        from nsa_verify.engine.searcher import judge_after
 
         entry, pair, keeper = self._run
         if entry.before:
             keeper.renew()
-        cases = (*entry.before, entry.case)
-        verdict = keeper.judge([Task(case, (pair,)) for case in cases]).judgements[-1][0].verdict
+        verdicts = judge_after(keeper, entry.before, entry.case, (pair,))
+        if verdicts is None:
+            raise KeyboardInterrupt
+        verdict = verdicts[0]
         if verdict.outcome is not Outcome.AGREE:
             raise CaseFailed(entry.case, verdict)
 

@@ -1,10 +1,13 @@
-"""Implementations that kill their process, or never return, from a length of 9 on."""
+"""Implementations that kill their process, or never return, from a length of 9 on or in some odd way."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import stat
 import sys
+import time
+from contextlib import suppress
 from typing import Any
 
 from nsa_verify import Mode, implementation
@@ -80,4 +83,78 @@ def trips(inputs: Any, steps: Any, setup: Any) -> None:
     """Die of what was left behind."""
     if getattr(sys, "spoilt", False):
         ctypes.string_at(0)
+    right(inputs, steps, setup)
+
+
+_calls = [0]
+_kept: list[bytearray] = []
+
+
+@implementation("counts", modes=[Mode.DECODE], extent="full")
+def counts(inputs: Any, steps: Any, setup: Any) -> None:
+    """Die in the fifth call: each case makes two."""
+    _calls[0] += 1
+    if _calls[0] == 5:
+        os._exit(5)
+    right(inputs, steps, setup)
+
+
+@implementation("always-exits", modes=[Mode.DECODE], extent="full")
+def always_exits(inputs: Any, steps: Any, setup: Any) -> None:
+    """End the process whatever it is given."""
+    os._exit(3)
+
+
+@implementation("always-hangs", modes=[Mode.DECODE], extent="full")
+def always_hangs(inputs: Any, steps: Any, setup: Any) -> None:
+    """Never return."""
+    ctypes.PyDLL(None).pause()
+
+
+@implementation("interrupts", modes=[Mode.DECODE], extent="full")
+def interrupts(inputs: Any, steps: Any, setup: Any) -> None:
+    """Raise what only a terminal should."""
+    raise KeyboardInterrupt("not from a terminal")
+
+
+@implementation("surrogates", modes=[Mode.DECODE], extent="full")
+def surrogates(inputs: Any, steps: Any, setup: Any) -> None:
+    """Raise with a message that is no text."""
+    raise ValueError("\udcff")
+
+
+class _Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no comment")
+
+
+@implementation("mute", modes=[Mode.DECODE], extent="full")
+def mute(inputs: Any, steps: Any, setup: Any) -> None:
+    """Raise without a message to be had."""
+    raise _Mute
+
+
+@implementation("leaks", modes=[Mode.DECODE], extent="full")
+def leaks(inputs: Any, steps: Any, setup: Any) -> None:
+    """Keep a little of every call."""
+    _kept.append(bytearray(b"x") * (8 << 20))
+    right(inputs, steps, setup)
+
+
+@implementation("orphans", modes=[Mode.DECODE], extent="full")
+def orphans(inputs: Any, steps: Any, setup: Any) -> None:
+    """Die, and leave a child behind that holds everything open."""
+    if os.fork() == 0:
+        time.sleep(20)
+        os._exit(0)
+    os._exit(4)
+
+
+@implementation("scribbles", modes=[Mode.DECODE], extent="full")
+def scribbles(inputs: Any, steps: Any, setup: Any) -> None:
+    """Write into every socket that is open."""
+    for descriptor in range(3, 64):
+        with suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                os.write(descriptor, b"\x00\x00\x00\x04junk")
     right(inputs, steps, setup)

@@ -7,19 +7,25 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing import connection
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from engine.deadly import TRIGGER
 
 from nsa_verify import Case, Code, Mode, Outcome, Replay, Request, Setup
+from nsa_verify.core.findings import Finding
+from nsa_verify.core.marks import Mark, Phase
+from nsa_verify.engine import isolation, searcher
 from nsa_verify.engine.events import CheckFailed, Disagreement, RunFinished
 from nsa_verify.engine.isolation import Keeper
 from nsa_verify.engine.messages import Task
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.process import TASKS_SUFFIX, EngineError
 from nsa_verify.engine.search import search
+from nsa_verify.engine.searcher import judge_after
 
 SOURCE = str(Path(__file__).with_name("deadly.py"))
 PLAN = Plan(
@@ -95,7 +101,7 @@ def test_the_others_are_complete(found: tuple[dict[str, Disagreement], RunFinish
 
 @pytest.fixture(name="keeper")
 def _keeper(tmp_path: Path) -> Iterator[Keeper]:
-    keeper = Keeper(_only("segfaults", "exits", "spoils", "trips", "vectorized"), tmp_path)
+    keeper = Keeper(_only(), tmp_path)
     yield keeper
     keeper.close()
 
@@ -125,17 +131,125 @@ def test_who_spoils_the_memory_is_accused_and_not_who_trips_over_it(keeper: Keep
     assert told == {"vectorized": AGREE, "spoils": DISAGREE, "trips": AGREE}
 
 
-def test_a_death_of_the_past_keeps_its_past(keeper: Keeper) -> None:
+def test_who_spoilt_the_memory_in_an_earlier_case_is_accused(keeper: Keeper) -> None:
     """The case that spoils was judged before; the one that trips does not die alone."""
-    pairs = tuple((name, "eager") for name in ("trips", "spoils"))
+    pairs = tuple((name, "eager") for name in ("vectorized", "trips", "spoils"))
     outcomes = keeper.judge([Task(BAD, pairs), Task(GOOD, pairs)])
-    (_, (trips, spoils)) = outcomes.judgements
-    assert (trips.verdict.outcome, spoils.verdict.outcome) == (DISAGREE, AGREE)
-    assert trips.verdict.primary is not None
-    assert trips.verdict.primary.message.endswith("not again when the case was run alone")
-    assert outcomes.before == {(1, 0): [BAD]}
-    assert keeper.dies_of([Task(GOOD, pairs[:1])]) is None
-    assert keeper.dies_of([Task(BAD, pairs), Task(GOOD, pairs)]) is Code.DEATH
+    told = [judgement.verdict for judgement in outcomes.judgements[1]]
+    assert [it.outcome for it in told] == [AGREE, AGREE, DISAGREE]
+    assert told[2].primary is not None
+    assert told[2].primary.message.endswith("not again when the case was run alone")
+    assert outcomes.before == {(1, 2): [BAD]}
+
+
+def test_a_death_that_needs_an_earlier_case_is_kept_with_it(keeper: Keeper) -> None:
+    keeper.judge([Task(BAD, (("vectorized", "eager"),))])
+    pairs = (("counts", "eager"),)
+    outcomes = keeper.judge([Task(GOOD, pairs)] * 3)
+    told = [judgements[0].verdict for judgements in outcomes.judgements]
+    assert [it.outcome for it in told] == [AGREE, AGREE, DISAGREE]
+    assert outcomes.before == {(2, 0): [BAD, GOOD, GOOD]}
+    assert keeper.dies_of([Task(GOOD, pairs)] * 2) is None
+    assert keeper.dies_of([Task(GOOD, pairs)] * 3) is Code.DEATH
+    verdicts = judge_after(keeper, [GOOD, GOOD, GOOD], GOOD, pairs)
+    assert verdicts is not None
+    verdict = verdicts[0]
+    assert verdict.primary is not None
+    assert verdict.primary.code is Code.DEATH, "the death of a case before is that of the case"
+
+
+def test_a_sequence_is_made_shorter(tmp_path: Path) -> None:
+    plan = _only("counts", folder=str(tmp_path))
+    finding = Finding(implementation="counts", executor="eager", code=Code.DEATH, replay=0, mode=Mode.DECODE)
+    seen = searcher.Seen(finding.signature, finding, GOOD, 0, before=[GOOD] * 9)
+    try:
+        result = searcher.shrink(plan, 0, seen)
+    finally:
+        searcher.close()
+    assert result is not None
+    assert (len(result.before), result.stable) == (2, True)
+    assert (result.reliability.disagreed, result.reliability.runs) == (5, 5)
+
+
+@pytest.mark.parametrize(("name", "rounds"), [("always-exits", 3), ("always-hangs", 1)])
+def test_a_flood_of_deaths_is_not_explored(name: str, rounds: int) -> None:
+    digests, first = set(), 0
+    for workers in (1, 2):
+        plan = _only(name, "vectorized", max_examples=100, workers=workers, shrink=False)
+        finished = list(search(plan, lambda found: found, "test", {}))[-1]
+        assert isinstance(finished, RunFinished)
+        cell = finished.matrix.cells[name, "eager", Mode.DECODE]
+        first = first or cell.disagree
+        assert rounds <= cell.disagree <= rounds + workers - 1
+        assert cell.reasons[searcher.LEFT_OUT] >= 100 - 10 * (rounds + workers - 1)
+        assert finished.matrix.cells["vectorized", "eager", Mode.DECODE].cases == 100
+        digests.add(finished.digest)
+    assert first == rounds
+    assert len(digests) == 1
+
+
+def test_patience_is_that_of_the_implementation(keeper: Keeper) -> None:
+    keeper._plan = msgspec.structs.replace(keeper._plan, deadline_s=0.0)
+    pair = ("vectorized", "eager")
+    keeper.judge([Task(GOOD, (("segfaults", "eager"),))])
+    keeper._sent = (Task(GOOD, (pair,)),)
+    mark = Mark(1, 0, 0, Phase.CALLING, 0)
+    assert keeper._patience_s(mark) == isolation.FIRST_S["cpu"]
+    assert keeper._patience_s(mark._replace(phase=Phase.COMPILING)) == isolation.COMPILE_S
+    keeper._slowest[pair] = 0.01
+    assert keeper._patience_s(mark) == isolation.LEAST_S["cpu"]
+    keeper._slowest[pair] = 7.0
+    assert keeper._patience_s(mark) == 70.0
+    keeper._slowest[pair] = 0.01
+    keeper._hung.add(pair)
+    assert keeper._patience_s(mark) == isolation.LEAST_S["cpu"] / 3
+
+
+def test_an_engine_that_was_stopped_takes_nobody_for_hung(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-Z: the clock jumps between two looks."""
+    jump, real = [0.0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + jump[0])
+    wait = connection.wait
+
+    def and_stop(*arguments: Any) -> Any:
+        jump[0] += 10.0
+        return wait(*arguments)
+
+    keeper.start([Task(GOOD, (("vectorized", "eager"),))])
+    monkeypatch.setattr(connection, "wait", and_stop)
+    assert keeper.finish().judgements[0][0].verdict.outcome is AGREE
+
+
+@pytest.mark.parametrize("name", ["interrupts", "surrogates", "mute"])
+def test_odd_exceptions_are_exceptions(keeper: Keeper, name: str) -> None:
+    (told,) = keeper.judge([Task(GOOD, ((name, "eager"), ("vectorized", "eager")))]).judgements
+    assert told[0].verdict.primary is not None
+    assert (told[0].verdict.primary.code, told[1].verdict.outcome) == (Code.EXCEPTION, AGREE)
+
+
+def test_a_leak_is_seen_however_quick_the_replies_are(tmp_path: Path) -> None:
+    keeper = Keeper(_only("leaks", "vectorized", memory_bytes=100 << 20), tmp_path)
+    pairs = (("leaks", "eager"), ("vectorized", "eager"))
+    try:
+        told = _outcomes(keeper, *[Task(GOOD, pairs)] * 30)
+    finally:
+        keeper.close()
+    assert {it["vectorized"] for it in told} == {AGREE}
+    assert [it["leaks"] for it in told].count(DISAGREE) == 1
+
+
+def test_a_child_that_holds_the_pipes_hides_no_death(keeper: Keeper) -> None:
+    began = time.monotonic()
+    (told,) = keeper.judge([Task(GOOD, (("orphans", "eager"), ("vectorized", "eager")))]).judgements
+    assert told[0].verdict.primary is not None
+    assert (told[0].verdict.primary.code, told[1].verdict.outcome) == (Code.DEATH, AGREE)
+    assert "exit code 4" in told[0].verdict.primary.message
+    assert time.monotonic() - began < 15
+
+
+def test_junk_on_the_connection_is_the_writers(keeper: Keeper) -> None:
+    (told,) = keeper.judge([Task(GOOD, (("scribbles", "eager"), ("vectorized", "eager")))]).judgements
+    assert [it.verdict.outcome for it in told] == [DISAGREE, AGREE]
 
 
 def test_a_worker_that_is_killed_while_idle_costs_nothing(keeper: Keeper) -> None:

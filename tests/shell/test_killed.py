@@ -39,16 +39,26 @@ def exits(inputs, steps, setup):
         os._exit(3)
     right(inputs, steps, setup)
 """
+SLOW = """
+import time
+from nsa_verify import implementation
+from nsa_verify.kernels.vectorized import refresh as right
+
+@implementation("slow", modes=["decode"], extent="full")
+def refresh(inputs, steps, setup):
+    time.sleep(0.5)
+    right(inputs, steps, setup)
+"""
 RUN = ("run", "--impl", "mine.py", "--only", "wrong", "--only", "exits", "--only", "vectorized", "--mode", "decode")
 EAGER = ("--executor", "eager")
 
 
 def _family(group: int) -> list[int]:
-    """The processes of a session of its own, its leader first."""
+    """The processes of a session of its own, its leader first. Workers are in groups of their own."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, its = stat.read_text().rpartition(")")[2].split()[:3]
+            state, _, _, its = stat.read_text().rpartition(")")[2].split()[:4]
         except OSError:
             continue
         if int(its) == group and state != "Z":
@@ -87,11 +97,14 @@ def _killed_at(moment_s: float, everybody: bool, choose: random.Random) -> tuple
 def test_nothing_that_was_reported_is_lost(folder: Path, number: int) -> None:
     (folder / "mine.py").write_text(MINE)
     choose = random.Random(number)
-    said, _ = _killed_at(choose.uniform(0.5, 9.0), number % 2 == 0, choose)
+    said, _ = _killed_at(choose.uniform(0.3, 4.0), number % 2 == 0, choose)
     for path in scan(folder / "corpus") if (folder / "corpus").exists() else ():
         load(path)
-    done = invoke(*RUN, *EAGER, "-w", 2, "-n", 20, "--seed", 6, "--no-shrink")
+    # It finds nothing by itself: what is in the corpus behind it was saved by the run that was killed, or recovered.
+    (folder / "corpus").mkdir(exist_ok=True)
+    done = invoke("run", "--only", "vectorized", *EAGER, "-w", 1, "-n", 5)
     assert done.exit_code in (0, 1), done.output
+    assert ("recovered" in done.stdout) <= (done.exit_code == 0)
     kept = {
         (entry.finding.implementation, str(entry.finding.code))
         for entry in map(load, scan(folder / "corpus"))
@@ -99,16 +112,76 @@ def test_nothing_that_was_reported_is_lost(folder: Path, number: int) -> None:
     }
     reported = set(re.findall(r"^seen (\S+) \[eager\] (NV\d+)", said, flags=re.MULTILINE))
     assert reported <= kept, said
+    done = invoke(*RUN, *EAGER, "-w", 2, "-n", 20, "--seed", 6, "--no-shrink")
+    assert done.exit_code == 1, done.output
     assert not (folder / "corpus" / FOLDER).exists()
 
 
-def test_the_case_in_flight_is_judged_again_and_said(folder: Path) -> None:
-    (folder / "slow.py").write_text(
-        "import time\nfrom nsa_verify import implementation\n"
-        "from nsa_verify.kernels.vectorized import refresh as right\n"
-        '@implementation("slow", modes=["decode"], extent="full")\n'
-        "def refresh(inputs, steps, setup):\n    time.sleep(0.5)\n    right(inputs, steps, setup)\n"
+def test_a_finding_that_was_reported_survives_the_run(folder: Path) -> None:
+    """Killed while it is shrunk, which takes long: only the folder of the run knows it."""
+    slowly = "    time.sleep(0.3)\n    right(inputs, steps, setup)\n    if int"
+    (folder / "mine.py").write_text(
+        MINE.replace("import os", "import os, time").replace("    right(inputs, steps, setup)\n    if int", slowly)
     )
+    command = [PROGRAM, *RUN, *EAGER, "-w", "1", "-n", "12", "--seed", "5"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("shrinking"):
+                break
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not list(scan(folder / "corpus"))
+    done = invoke("run", "--only", "vectorized", *EAGER, "-w", 1, "-n", 1)
+    assert "an earlier run reported it and was killed" in done.stdout
+    kept = [load(path).finding for path in scan(folder / "corpus")]
+    assert {it.implementation for it in kept if it is not None} == {"wrong", "exits"}
+
+
+def test_a_signal_to_the_whole_group_accuses_nobody(folder: Path) -> None:
+    """As ``timeout`` and service managers send it."""
+    (folder / "slow.py").write_text(SLOW)
+    command = [
+        PROGRAM,
+        "run",
+        "--impl",
+        "slow.py",
+        "--only",
+        "slow",
+        "--mode",
+        "decode",
+        *EAGER,
+        "-n",
+        "100",
+        "-w",
+        "1",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        flying = folder / "corpus" / FOLDER
+        deadline = time.monotonic() + 60
+        while not list(flying.glob("*/*.tasks")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.7)
+        os.killpg(process.pid, signal.SIGTERM)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, said
+    assert "NV40" not in said
+    assert not list(scan(folder / "corpus")) if (folder / "corpus").exists() else True
+
+
+def test_a_full_disk_is_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (folder / "mine.py").write_text(MINE)
+    monkeypatch.setattr(Path, "write_text", full)
+    done = invoke(*RUN, *EAGER, "-w", 1, "-n", 20, "--seed", 5)
+    assert done.exit_code == 2
+    assert "cannot keep what was found: No space left on device; make room there" in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_the_case_in_flight_is_judged_again_and_said(folder: Path) -> None:
+    (folder / "slow.py").write_text(SLOW)
     run = (
         "run",
         "--impl",
