@@ -28,6 +28,7 @@ POLL_S: Final = 0.05
 START_S: Final = 300.0
 """How long a worker may take to import implementations and to create the device's context."""
 GRACE_S: Final = 2.0
+STARTS: Final = 3
 STOPPED_S: Final = 0.5
 """A pause between two looks that only somebody who was stopped can make."""
 MEMORY_SHARE: Final = 0.5
@@ -80,9 +81,7 @@ class WorkerProcess:
         place = worker.Place(
             theirs, their_lifeline, str(self._marks_path), str(self._fault_path), os.getcwd(), environment
         )
-        self._process: ForkServerProcess = context.Process(target=worker.serve, args=(place,), daemon=True)
-        with deaf_children():
-            self._process.start()
+        self._process = _started(context, place)
         theirs.close()
         their_lifeline.close()
         self.send(Prepare(plan))
@@ -278,6 +277,20 @@ def _environment(**variables: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _started(context: ForkServerContext, place: worker.Place) -> ForkServerProcess:
+    """A worker; the server that it is forked from may have been killed, and then another is started, if that can be."""
+    for _ in range(STARTS):
+        process: ForkServerProcess = context.Process(target=worker.serve, args=(place,), daemon=True)
+        try:
+            with deaf_children():
+                process.start()
+        except (OSError, EOFError):
+            time.sleep(0.2)
+        else:
+            return process
+    raise EngineError("no worker can be started: the process that they are forked from was killed; run again")
 
 
 @contextmanager
