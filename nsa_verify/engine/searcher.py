@@ -194,12 +194,13 @@ def run_rounds(
         tasks = _drawn(plan, said, index, without)
         if waiting:
             results.append(_round_result(keeper, indices[len(results)], waiting, without))
+            waiting = []
         if stopping():
             break
         with spending(TRANSPORT):
             keeper.start(tasks, deadline)
         waiting = tasks
-    if len(results) < len(indices) and waiting and not (results and results[-1].stopped):
+    if waiting:
         results.append(_round_result(keeper, indices[len(results)], waiting, without))
     return results
 
