@@ -6,7 +6,7 @@ import random
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeGuard
 
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.findings import Code
@@ -83,21 +83,26 @@ class Executor(Protocol):
     def device(self) -> str | None:
         """``cpu`` or ``cuda``, or None for any."""
 
-    @property
-    def captures(self) -> bool:
-        """Whether it replays captured graphs."""
-
     def not_applicable(self, implementation: Implementation, setup: Setup, mode: Mode) -> str | None:
         """Why ``implementation`` is not driven this way in ``mode`` under ``setup``, or None if it is."""
 
+    def open(self, rig: Rig, implementation: Implementation, graphs: Mapping[GraphKey, KeptGraph]) -> Session:
+        """Start a session over ``graphs``, which this executor has captured over ``rig``; nothing is run."""
+
+
+class Capturing(Executor, Protocol):
+    """An executor that replays captured graphs."""
+
     def capture(self, rig: Rig, implementation: Implementation, key: GraphKey) -> KeptGraph:
-        """Warm up, and capture the graph of ``key``; only where ``captures``.
+        """Warm up, and capture the graph of ``key``.
 
         Leaves junk in the rig's memory. Raises ``ImplementationRaised`` and ``CaptureRefused``.
         """
 
-    def open(self, rig: Rig, implementation: Implementation, graphs: Mapping[GraphKey, KeptGraph]) -> Session:
-        """Start a session over ``graphs``, which this executor has captured over ``rig``; nothing is run."""
+
+def captures(executor: Executor) -> TypeGuard[Capturing]:
+    """Whether ``executor`` replays captured graphs."""
+    return hasattr(executor, "capture")
 
 
 WARM_UPS: Final = 2

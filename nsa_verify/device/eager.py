@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, NoReturn
+from typing import Final
 
 import torch
 
@@ -90,15 +90,10 @@ class Eager:
 
     name = "eager"
     device = None
-    captures = False
 
     def not_applicable(self, implementation: Implementation, setup: Setup, mode: Mode) -> str | None:
         """What the implementation does not declare."""
         return implementation.not_applicable(setup, mode)
-
-    def capture(self, rig: Rig, implementation: Implementation, key: GraphKey) -> NoReturn:
-        """Nothing is captured."""
-        raise NotImplementedError
 
     def open(self, rig: Rig, implementation: Implementation, graphs: Mapping[GraphKey, KeptGraph]) -> EagerSession:  # noqa: ARG002
         """Start a session; nothing is run."""

@@ -316,7 +316,6 @@ class Graph:
 
     name = "graph"
     device = "cuda"
-    captures = True
 
     def not_applicable(self, implementation: Implementation, setup: Setup, mode: Mode) -> str | None:
         """What the implementation does not declare, capturability included."""

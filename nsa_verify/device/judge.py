@@ -28,7 +28,7 @@ from nsa_verify.core.spent import CAPTURE, ORACLE, spending
 from nsa_verify.device.blame import line_of
 from nsa_verify.device.comparing import Image, Load, loads, upload
 from nsa_verify.device.diagnosis import Snapshot, diagnose
-from nsa_verify.device.driving import Executor, Note, Session
+from nsa_verify.device.driving import Executor, Note, Session, captures
 from nsa_verify.device.eager import DELAY_CYCLES, EagerSession
 from nsa_verify.device.executors import EAGER, executors_for
 from nsa_verify.device.health import refuse_dead
@@ -436,7 +436,7 @@ def open_session(
     rig: Rig, executor: Executor, implementation: Implementation, keys: tuple[GraphKey, ...], afresh: bool = True
 ) -> Opened:
     """A session for ``keys``. Raises ``ImplementationRaised`` and ``CaptureRefused``."""
-    if not executor.captures:
+    if not captures(executor):
         state_of(implementation)  # what it keeps before its first call
         return Opened(executor.open(rig, implementation, {}), kept=False, new=False)
     with spending(CAPTURE):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from nsa_verify.core.implementation import Implementation, fallback, take_fallbacks
-from nsa_verify.device.driving import Executor, KeptGraph, while_capturing
+from nsa_verify.device.driving import Capturing, KeptGraph, while_capturing
 from nsa_verify.device.rig import Rig
 from nsa_verify.device.state import state_of
 from nsa_verify.device.stops import CaptureRefused, GraphKey, ImplementationRaised
@@ -53,7 +53,7 @@ class KeptGraphs:
         self._alone: dict[tuple[_Subject, GraphKey], _Keys] = {}
         self._entangled: dict[tuple[_Subject, GraphKey], Implementation] = {}
 
-    def serve(self, executor: Executor, implementation: Implementation, keys: _Keys, afresh: bool = True) -> Served:
+    def serve(self, executor: Capturing, implementation: Implementation, keys: _Keys, afresh: bool = True) -> Served:
         """The graphs for ``keys``; what is missing is captured, in this order, and with ``afresh`` graphs serve only
         if they were captured together.
 
@@ -82,7 +82,7 @@ class KeptGraphs:
             self._close(name)
         self._entangled.clear()
 
-    def _composed(self, executor: Executor, implementation: Implementation, keys: _Keys) -> Served | None:
+    def _composed(self, executor: Capturing, implementation: Implementation, keys: _Keys) -> Served | None:
         """Graphs that stand alone, kept or captured now; None if they cannot be had."""
         subject = _subject(executor, implementation)
         missing = tuple(key for key in keys if (subject, key) not in self._alone)
@@ -104,7 +104,7 @@ class KeptGraphs:
             self._entries.move_to_end(name)
         return {name[1]: self._entries[name].graph for name in names}
 
-    def _capture(self, executor: Executor, implementation: Implementation, keys: _Keys, room: int = 0) -> None:
+    def _capture(self, executor: Capturing, implementation: Implementation, keys: _Keys, room: int = 0) -> None:
         subject = _subject(executor, implementation)
         for key, entry in _captured(self._rig, executor, implementation, keys).items():
             name = (subject, key, keys)
@@ -130,11 +130,11 @@ class KeptGraphs:
             del self._alone[subject, key]
 
 
-def _subject(executor: Executor, implementation: Implementation) -> _Subject:
+def _subject(executor: Capturing, implementation: Implementation) -> _Subject:
     return executor.name, id(implementation.refresh), implementation.name
 
 
-def _captured(rig: Rig, executor: Executor, implementation: Implementation, keys: _Keys) -> dict[GraphKey, _Entry]:
+def _captured(rig: Rig, executor: Capturing, implementation: Implementation, keys: _Keys) -> dict[GraphKey, _Entry]:
     """Capture ``keys`` as by an engine that has just been started."""
     state = state_of(implementation)
     state.restore()

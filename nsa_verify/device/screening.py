@@ -18,7 +18,7 @@ from nsa_verify.core.findings import Code, Outcome, Verdict
 from nsa_verify.core.implementation import Implementation, take_fallbacks
 from nsa_verify.core.marks import Phase, note
 from nsa_verify.device.comparing import Comparison, TorchComparison
-from nsa_verify.device.driving import Executor, Note, Session
+from nsa_verify.device.driving import Executor, Note, Session, captures
 from nsa_verify.device.eager import EagerSession
 from nsa_verify.device.health import refuse_dead
 from nsa_verify.device.judge import Doubt, Judge, fault_of, open_session
@@ -127,7 +127,7 @@ class Screen:
             rig.forget_views()
         image = judge.image(implementation)
         comparison_for(rig).begin(image, judge.loads[served[0]])
-        for key in () if executor.captures else keys:
+        for key in () if captures(executor) else keys:
             rig.remember_views(*key, implementation.writes(rig.setup))
         session.begin(disturb=disturb or new)
         return session

@@ -52,7 +52,6 @@ class SimulatedGraph:
 
     name = "simulated-graph"
     device = "cpu"
-    captures = True
 
     def not_applicable(self, implementation: Implementation, setup: Setup, mode: Mode) -> str | None:
         """What the implementation does not declare, capturability included."""

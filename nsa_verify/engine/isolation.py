@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,15 +65,59 @@ class Outcomes(NamedTuple):
     before: dict[tuple[int, int], list[Case]]
 
 
-class Keeper:
+class Judging(ABC):
+    """Has tasks judged. ``stopped`` is asked whether to end with what there is."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self._asked_to_stop, self._heeds = stopped, True
+        self.spent: Counter[str] = Counter()
+        """The seconds of workers by name."""
+
+    @abstractmethod
+    def start(self, tasks: Sequence[Task], until: float = 0.0) -> None:
+        """Hand over tasks; ``finish`` has what became of them."""
+
+    @abstractmethod
+    def finish(self) -> Outcomes:
+        """Wait for the tasks handed over. A task that was left out, because of ``until`` or ``stopped``, is missing."""
+
+    @abstractmethod
+    def judge_alone(self, case: Case, pair: Pair, careful: bool) -> Verdict | None:
+        """The verdict on one case; None if it was left out because everything was asked to stop.
+
+        ``careful`` is for cases that are expected to kill: each call is finished before the next, and a death is one.
+        """
+
+    def judge(self, tasks: Sequence[Task], until: float = 0.0) -> Outcomes:
+        """``start`` and ``finish``."""
+        self.start(tasks, until)
+        return self.finish()
+
+    def judge_whatever(self, case: Case, pair: Pair, careful: bool) -> Verdict:
+        """``judge_alone``, also when everything was asked to stop: what is nearly done is worth finishing."""
+        self._heeds = False
+        try:
+            verdict = self.judge_alone(case, pair, careful)
+            assert verdict is not None
+            return verdict
+        finally:
+            self._heeds = True
+
+    def _judged(self, case: Case, pair: Pair) -> Verdict | None:
+        judged = self.judge([Task(case, (pair,))]).judgements
+        return judged[0][0].verdict if judged else None
+
+    def _stopped(self) -> bool:
+        return self._heeds and self._asked_to_stop()
+
+
+class Keeper(Judging):
     """Keeps one worker of ``plan`` alive: hands it batches, and replaces it when it dies.
 
     ``folder`` is where marks lie (None: in a temporary folder); ``environment`` is set in the worker. ``stopped`` is
     asked while it waits: once it says yes, the batch in progress ends after the case at hand, and what takes longer is
     killed.
     """
-
-    isolated = True
 
     def __init__(
         self,
@@ -83,8 +128,8 @@ class Keeper:
     ) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="nsa-verify-") if folder is None else None
         self._folder = folder or Path(self._temporary.name if self._temporary is not None else "")
+        super().__init__(stopped)
         self._plan, self._environment = plan, environment
-        self._asked_to_stop, self._heeds = stopped, True
         self._allowance = plan.memory_bytes or memory_allowance(plan.workers)
         self._number = 0
         self._now = self._another()
@@ -98,8 +143,6 @@ class Keeper:
         self._unexplained = 0
         self.replaced = 0
         """How many workers have died."""
-        self.spent: Counter[str] = Counter()
-        """The seconds of the workers by name."""
 
     @property
     def marks(self) -> Marks:
@@ -166,19 +209,13 @@ class Keeper:
             self._send(tuple(self._without(it, dead) for it in self._tasks[len(found) :]))
         return Outcomes([self._in_order(*it) for it in zip(self._tasks, found, strict=False)], before)
 
-    def judge(self, tasks: Sequence[Task], until: float = 0.0) -> Outcomes:
-        """``start`` and ``finish``."""
-        self.start(tasks, until)
-        return self.finish()
-
     def judge_alone(self, case: Case, pair: Pair, careful: bool) -> Verdict | None:
         """The verdict on one case; None if it was left out because everything was asked to stop.
 
         ``careful`` is for cases that are expected to kill: each call is finished before the next, and a death is one.
         """
         if not careful:
-            judged = self.judge([Task(case, (pair,))]).judgements
-            return judged[0][0].verdict if judged else None
+            return self._judged(case, pair)
         self._ready()
         self._tasks = (Task(case, (pair,)),)
         while True:
@@ -199,19 +236,6 @@ class Keeper:
             self._replace()
             return died.death.code
         return None
-
-    def judge_whatever(self, case: Case, pair: Pair, careful: bool) -> Verdict:
-        """``judge_alone``, also when everything was asked to stop: what is nearly done is worth finishing."""
-        self._heeds = False
-        try:
-            verdict = self.judge_alone(case, pair, careful)
-            assert verdict is not None
-            return verdict
-        finally:
-            self._heeds = True
-
-    def _stopped(self) -> bool:
-        return self._heeds and self._asked_to_stop()
 
     def renew(self) -> None:
         """Go on with a worker in which nothing was run."""
@@ -422,17 +446,16 @@ def _verdict(case: Case, pair: Pair, modes: tuple[Mode, ...], death: Death) -> V
     return Verdict(implementation=pair[0], executor=pair[1], outcome=Outcome.DISAGREE, modes=modes, findings=(finding,))
 
 
-class Inside:
+class Inside(Judging):
     """The same without a process of its own: what kills the worker kills the engine. For debuggers."""
 
-    isolated = False
     replaced = 0
 
     def __init__(self, plan: Plan, stopped: Callable[[], bool] = lambda: False) -> None:
+        super().__init__(stopped)
         self._desk = worker.Desk(plan)
         self._tasks: tuple[Task, ...] = ()
-        self._until, self._asked_to_stop, self._heeds = 0.0, stopped, True
-        self.spent: Counter[str] = Counter()
+        self._until = 0.0
 
     def hello(self) -> Hello:
         """As ``Keeper.hello``."""
@@ -456,7 +479,7 @@ class Inside:
                     reply = next(replies, None)
                 if reply is None:
                     break
-                if self._heeds and self._asked_to_stop():
+                if self._stopped():
                     break
                 if isinstance(reply, Judged):
                     found.append(list(reply.judgements))
@@ -471,25 +494,9 @@ class Inside:
             ) from error
         return Outcomes(found, {})
 
-    def judge(self, tasks: Sequence[Task], until: float = 0.0) -> Outcomes:
-        """As ``Keeper.judge``."""
-        self.start(tasks, until)
-        return self.finish()
-
     def judge_alone(self, case: Case, pair: Pair, careful: bool) -> Verdict | None:  # noqa: ARG002 - see there
         """As ``Keeper.judge_alone``."""
-        judged = self.judge([Task(case, (pair,))]).judgements
-        return judged[0][0].verdict if judged else None
-
-    def judge_whatever(self, case: Case, pair: Pair, careful: bool) -> Verdict:
-        """As ``Keeper.judge_whatever``."""
-        self._heeds = False
-        try:
-            verdict = self.judge_alone(case, pair, careful)
-            assert verdict is not None
-            return verdict
-        finally:
-            self._heeds = True
+        return self._judged(case, pair)
 
     def renew(self) -> None:
         """A process cannot be had again."""

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 from nsa_verify.core.case import Case, Mode
-from nsa_verify.core.findings import Verdict
 from nsa_verify.core.implementation import Implementation
 from nsa_verify.core.marks import MARKS, SIZE, Marks, Phase
 from nsa_verify.core.registry import ImplementationError, load
@@ -82,24 +81,6 @@ def drivers(device: str, names: tuple[str, ...]) -> tuple[Executor, ...]:
     from nsa_verify.device.executors import executors_for
 
     return executors_for(device, names)
-
-
-def judge_case(
-    case: Case,
-    implementations: tuple[Implementation, ...],
-    executors: tuple[str, ...],
-    device: str,
-    repeat: bool = True,
-    delay: bool = True,
-) -> list[Verdict]:
-    """The verdicts, in this process, of every implementation under every one of ``executors`` (none: all there are).
-
-    ``repeat`` and ``delay`` are those of ``Judge.judge``. Raises as ``drivers`` does, and ``DeviceDied``.
-    """
-    from nsa_verify.device.batch import Job, judge_batch
-
-    pairs = [(it, executor) for executor in drivers(device, executors) for it in implementations]
-    return [verdict for _, _, verdict in judge_batch([Job(case, pairs, repeat, delay)], device)]
 
 
 def close() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +187,8 @@ def test_a_cache_of_tensors_that_no_graph_uses_is_no_hindrance(tmp_path: Path, m
     (name,) = load_reference(str(path))
     implementation = find(name)
     captured: list[object] = []
-    executor = type(EXECUTORS[GRAPH])
-    original = executor.capture
+    executor: Any = type(EXECUTORS[GRAPH])
+    original: Callable[..., KeptGraph] = executor.capture
 
     def capture(self: Executor, *args: Any) -> KeptGraph:
         captured.append(args[-1])

@@ -154,6 +154,8 @@ def test_who_spoilt_the_memory_in_an_earlier_case_is_accused(keeper: Keeper) -> 
 
 
 def test_a_death_that_needs_an_earlier_case_is_kept_with_it(keeper: Keeper) -> None:
+    keeper.judge([Task(GOOD, (("vectorized", "eager"),)), Task(BAD, (("exits", "eager"),))])  # another worker's past
+    keeper.renew()
     keeper.judge([Task(BAD, (("vectorized", "eager"),))])
     pairs = (("counts", "eager"),)
     outcomes = keeper.judge([Task(GOOD, pairs)] * 3)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from shell.commands import executor_of_another_device, graph_executor, registry_of_its_own
 
-from nsa_verify import Case, Code, Mode, Outcome, Replay, Request, Setup, fallback, implementation
+from nsa_verify import Case, Code, Implementation, Mode, Outcome, Replay, Request, Setup, fallback, implementation
 from nsa_verify.core.findings import Finding, Verdict
 from nsa_verify.device import rig
-from nsa_verify.device.batch import Job
+from nsa_verify.device.batch import Job, judge_batch
 from nsa_verify.device.select import DeviceError
 from nsa_verify.engine import searcher, worker
 from nsa_verify.engine.crew import Crew
@@ -49,9 +49,14 @@ def test_one_of_another_device_is_refused_before_any_event(workers: int) -> None
         next(search(plan, lambda found: found, "1.0", {}))
 
 
+def _judged(subjects: Sequence[Implementation], executors: tuple[str, ...], device: str) -> list[Verdict]:
+    pairs = [(it, executor) for executor in worker.drivers(device, executors) for it in subjects]
+    return [verdict for *_, verdict in judge_batch([Job(CASE, pairs)], device)]
+
+
 def test_verdicts_come_for_every_executor() -> None:
     device, subjects = worker.prepare("auto", (), ("python-loop", "vectorized"))
-    told = {(it.implementation, it.executor): it.outcome for it in worker.judge_case(CASE, subjects, (), device)}
+    told = {(it.implementation, it.executor): it.outcome for it in _judged(subjects, (), device)}
     graph = graph_executor()
     assert told == {
         ("python-loop", "eager"): Outcome.AGREE,
@@ -132,7 +137,7 @@ def test_a_fallback_is_that_of_who_reported_it() -> None:
         raise RuntimeError("and then it raised")
 
     device, subjects = worker.prepare("auto", (), ("gives-up", "vectorized"))
-    told = worker.judge_case(CASE, (subjects[1], subjects[0]), (graph_executor(),), device)
+    told = _judged((subjects[1], subjects[0]), (graph_executor(),), device)
     assert [it.implementation for it in told] == ["gives-up", "vectorized"]
     assert told[1].fallbacks == ()
 

@@ -51,6 +51,7 @@ def refresh(inputs, steps, setup):
 """
 RUN = ("run", "--impl", "mine.py", "--only", "wrong", "--only", "exits", "--only", "vectorized", "--mode", "decode")
 EAGER = ("--executor", "eager")
+SLOWLY = ("run", "--impl", "slow.py", "--only", "slow", "--mode", "decode", *EAGER, "-w", "1")
 
 
 def _family(group: int) -> list[int]:
@@ -140,21 +141,7 @@ def test_a_finding_that_was_reported_survives_the_run(folder: Path) -> None:
 def test_a_signal_to_the_whole_group_accuses_nobody(folder: Path) -> None:
     """As ``timeout`` and service managers send it."""
     (folder / "slow.py").write_text(SLOW)
-    command = [
-        PROGRAM,
-        "run",
-        "--impl",
-        "slow.py",
-        "--only",
-        "slow",
-        "--mode",
-        "decode",
-        *EAGER,
-        "-n",
-        "100",
-        "-w",
-        "1",
-    ]
+    command = [PROGRAM, *SLOWLY, "-n", "100"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         flying = folder / "corpus" / FOLDER
         deadline = time.monotonic() + 60
@@ -182,22 +169,7 @@ def test_a_full_disk_is_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_case_in_flight_is_judged_again_and_said(folder: Path) -> None:
     (folder / "slow.py").write_text(SLOW)
-    run = (
-        "run",
-        "--impl",
-        "slow.py",
-        "--only",
-        "slow",
-        "--mode",
-        "decode",
-        *EAGER,
-        "-n",
-        "20",
-        "--seed",
-        "1",
-        "-w",
-        "1",
-    )
+    run = (*SLOWLY, "-n", "20", "--seed", "1")
     process = subprocess.Popen([PROGRAM, *run], stdout=subprocess.DEVNULL, start_new_session=True)
     flying = folder / "corpus" / FOLDER
     deadline = time.monotonic() + 60
