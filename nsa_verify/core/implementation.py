@@ -100,6 +100,11 @@ class Implementation:
         """The file whose lines are blamed; empty where ``source`` names none."""
         return self.source.rpartition(":")[0]
 
+    @property
+    def is_builtin(self) -> bool:
+        """Whether it is one of ``nsa_verify.kernels``."""
+        return str(getattr(self.refresh, "__module__", "")).startswith("nsa_verify.kernels.")
+
     def not_applicable(self, setup: Setup, mode: Mode) -> str | None:
         """Why this implementation does not run ``mode`` under ``setup``, or None if it does."""
         if mode not in self.modes:

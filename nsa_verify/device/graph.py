@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 import traceback
@@ -34,6 +35,8 @@ BLOCKS_OF_A_SIZE: Final = 4
 ALLOCATION_UNIT: Final = 512
 """Bytes that torch's allocator rounds up to."""
 SCRIBBLE: Final = TEMPORARY_POISON + 1
+STREAM_NON_BLOCKING: Final = 1
+"""CU_STREAM_NON_BLOCKING of the driver."""
 
 
 class CapturedGraph:
@@ -171,7 +174,7 @@ class SharedPool:
         """What ``capture_begin`` takes; the pool is made when this is asked first."""
         if cls._anchor is None:
             anchor = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(new_stream()), _without_gc():
+            with torch.cuda.stream(capture_stream()), _without_gc():
                 anchor.capture_begin()
                 torch.zeros(1, device="cuda")
                 anchor.capture_end()
@@ -248,9 +251,14 @@ def _end(raw: torch.cuda.CUDAGraph) -> BaseException | None:
 
 
 def new_stream() -> torch.cuda.Stream:
-    """A stream to capture on."""
-    stream: torch.cuda.Stream = torch.cuda.Stream()
-    return stream
+    """A stream that nobody else is given: torch hands out its own 32 in turn, and one of them may well be what an
+    implementation has for its side stream. Like them it does not wait for the legacy stream."""
+    torch.cuda.current_stream()  # makes the context
+    handle = ctypes.c_void_p()
+    error = ctypes.CDLL("libcuda.so.1").cuStreamCreate(ctypes.byref(handle), STREAM_NON_BLOCKING)
+    if error:
+        raise RuntimeError(f"CUDA error {error} while a stream was created")
+    return torch.cuda.ExternalStream(handle.value)
 
 
 @lru_cache(maxsize=1)

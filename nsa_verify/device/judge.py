@@ -31,7 +31,7 @@ from nsa_verify.device.diagnosis import Snapshot, diagnose
 from nsa_verify.device.driving import Executor, Note, Session, captures
 from nsa_verify.device.eager import DELAY_CYCLES, EagerSession
 from nsa_verify.device.executors import EAGER, executors_for
-from nsa_verify.device.health import refuse_dead
+from nsa_verify.device.health import refuse_dead, settle
 from nsa_verify.device.images import ImageKey, is_allowed
 from nsa_verify.device.kept import KeptGraphs
 from nsa_verify.device.launches import announce_compilations
@@ -141,6 +141,7 @@ class Judge:
             return said
         self._delay = delay and len(served) > 1
         try:
+            settle(self._device, implementation)
             run = self._run(implementation, executor, served, repeat, afresh)
             if run.kept and not doubts and not self._is_clean(implementation, run):
                 # What an implementation did for other cases since its graphs were captured is no fault of this one.
@@ -149,6 +150,7 @@ class Judge:
             findings = self._findings(implementation, executor, run, repeat)
             if doubts and not findings:
                 findings = self._confirmed(implementation, executor, served, repeat, doubts)
+            settle(self._device, implementation)
         except Exception as error:  # noqa: BLE001 - whatever fails here, the verdict is unknown and says why
             refuse_dead(self._device, error)
             return replace(said, outcome=Outcome.UNKNOWN, reason=fault_of(error))

@@ -20,7 +20,7 @@ from nsa_verify.core.marks import Phase, note
 from nsa_verify.device.comparing import Comparison, TorchComparison
 from nsa_verify.device.driving import Executor, Note, Session, captures
 from nsa_verify.device.eager import EagerSession
-from nsa_verify.device.health import refuse_dead
+from nsa_verify.device.health import refuse_dead, settle
 from nsa_verify.device.judge import Doubt, Judge, fault_of, open_session
 from nsa_verify.device.rig import Rig
 from nsa_verify.device.stops import CaptureRefused, GraphKey, ImplementationRaised
@@ -92,12 +92,14 @@ class Screen:
         calls = [*served, *served[-1:]] if repeat else served
         delay = delay and len(served) > 1
         try:
+            settle(self._device, implementation)
             session = self._open(judge, executor, implementation, served, afresh, screened, disturb=delay)
             if isinstance(session, EagerSession):
                 session.watched = repeat
                 session.delay_cycles = SCREENED_DELAY_CYCLES if delay else 0
             self._replay(judge, session, calls, len(served), screened)
             self._finish(judge, session, calls, screened)
+            settle(self._device, implementation)
         except (ImplementationRaised, CaptureRefused) as stop:
             judge.rig.forget_views()
             refuse_dead(self._device, stop)

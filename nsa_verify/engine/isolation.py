@@ -259,16 +259,17 @@ class Keeper(Judging):
         self._unexplained = 0
 
     def _careful(self, task: Task, dead: dict[Pair, str], found: list[dict[Pair, Judgement]]) -> bool:
-        """Judge ``task`` again, pair by pair, in workers in which nothing else was run; whether one died."""
+        """Judge ``task`` again, pair by pair; whether a worker died in which nothing else was run."""
         judged: dict[Pair, Judgement] = {}
         died = False
         while left := tuple(pair for pair in task.pairs if pair not in judged and pair not in dead):
+            alone = not self._history
             here, death, starting = self._one_by_one(msgspec.structs.replace(task, pairs=left))
             judged |= here
             if death is None:
                 break
-            if starting is None:
-                continue
+            if starting is None or not alone:
+                continue  # what an earlier case left behind may be to blame; the worker is a new one now
             pair, died = left[starting.pair], True
             guilty = self._guilty(task, tuple(here), pair)
             judged[guilty] = self._judgement(task, guilty, starting, death)

@@ -322,3 +322,11 @@ def test_nv303_a_write_to_freed_memory_through_a_raw_pointer() -> None:
     assert verdict.primary is not None
     assert verdict.primary.code is Code.MOVED
     assert "handed out again" in verdict.primary.message
+
+
+@pytest.mark.skipif(bool(NO_GPU), reason="streams are CUDA's")
+def test_nobody_is_given_the_stream_that_is_captured_on() -> None:
+    """Torch has 32 of each priority and hands them out in turn."""
+    make: Any = torch.cuda.Stream
+    given = [make(priority=priority) for _ in range(40) for priority in (0, -1)]
+    assert graph.capture_stream() not in given

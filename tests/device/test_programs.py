@@ -99,7 +99,7 @@ def captured(program: Program, device: str) -> Iterator[Captured]:
         return
     torch.cuda.synchronize()
     work = graph.Region(region, Memory(static, on_cuda=True), SOURCE, watched.errors)
-    made = graph.record(work, graph.new_stream())
+    made = graph.record(work, graph.capture_stream())
     torch.cuda.synchronize()
     try:
         made.scribble()

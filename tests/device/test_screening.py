@@ -29,7 +29,8 @@ from nsa_verify import (
     verify,
 )
 from nsa_verify.core.marks import MARKS, Phase
-from nsa_verify.device import batch, comparing, judge, screening
+from nsa_verify.core.registry import load
+from nsa_verify.device import batch, comparing, graph, judge, screening
 from nsa_verify.device.batch import Job, judge_batch
 from nsa_verify.device.executors import EAGER, EXECUTORS
 from nsa_verify.device.judge import Judge
@@ -392,3 +393,22 @@ def test_a_trespass_that_only_the_device_sees_is_looked_at(monkeypatch: pytest.M
     assert verdicts[0].primary is not None
     assert verdicts[0].primary.code is Code.NOT_DETERMINISTIC
     assert "handed out again" in verdicts[0].primary.message
+
+
+@pytest.mark.skipif(bool(NO_GPU), reason="streams are CUDA's")
+def test_work_on_another_stream_harms_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It overtakes what was asked for before it, and is late for what comes next."""
+    monkeypatch.setattr(screening, "SCREENED_DELAY_CYCLES", 100_000_000)
+    stream, sleep = graph.new_stream(), torch.cuda._sleep
+
+    def roam(_inputs: ReplayInputs, steps: Steps, _setup: Setup) -> None:
+        with torch.cuda.stream(stream):
+            steps[0].cache_seqlens.fill_(7)
+            sleep(100_000_000)  # type: ignore[no-untyped-call]
+            steps[0].cache_seqlens.fill_(8)
+
+    case = Case(Setup(table_width=64, pool_width=64), (Replay(requests=(Request(seq_len=3),)),) * 2)
+    innocent = load()["vectorized"]
+    pairs = [(innocent, EAGER), (subject(roam), EAGER), (innocent, EAGER)]
+    told = [verdict.outcome for _, _, verdict in judge_batch([Job(case, pairs)] * 2, "cuda")]
+    assert told == [Outcome.AGREE, Outcome.DISAGREE, Outcome.AGREE] * 2

@@ -22,7 +22,7 @@ from nsa_verify.core.marks import Mark, Phase
 from nsa_verify.engine import isolation, searcher
 from nsa_verify.engine.events import CheckFailed, Disagreement, Event, RunFinished
 from nsa_verify.engine.isolation import Keeper
-from nsa_verify.engine.messages import Task
+from nsa_verify.engine.messages import Judgement, Pair, Task
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.process import TASKS_SUFFIX, EngineError
 from nsa_verify.engine.search import search
@@ -31,7 +31,7 @@ from nsa_verify.engine.searcher import judge_after
 SOURCE = str(Path(__file__).with_name("deadly.py"))
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-SHORT_S = 6.0 if CUDA else 0.4
+SHORT_S = 1.5 if CUDA else 0.4
 MEMORY = 3000 if CUDA else 300
 """MiB; a CUDA context and what it loads are memory too."""
 PLAN = Plan(
@@ -73,38 +73,28 @@ def _case(seq_len: int = 1) -> Case:
 BAD, GOOD = _case(TRIGGER), _case(TRIGGER - 1)
 
 
-@pytest.fixture(name="found", scope="module")
-def _found() -> tuple[dict[str, Disagreement], RunFinished]:
-    """One run with all of them, and a correct implementation; but for what hangs, which is given less time."""
-    hanging = _run(_only("hangs", deadline_s=SHORT_S))
-    events = _run(_only(*(name for name in CODES if name != "hangs"), "vectorized", workers=2))
-    finished = events[-1]
-    assert isinstance(finished, RunFinished)
-    return {it.signature.implementation: it for it in hanging + events if isinstance(it, Disagreement)}, finished
-
-
 def _run(plan: Plan) -> list[Event]:
     events = list(search(plan, lambda found: msgspec.structs.replace(found, problem="kept here"), "test", {}))
     assert not [event for event in events if isinstance(event, CheckFailed)]
     return events
 
 
-@pytest.mark.parametrize("name", CODES)
-def test_each_is_one_finding_shrunk_to_its_trigger(
-    name: str, found: tuple[dict[str, Disagreement], RunFinished]
-) -> None:
-    it = found[0][name]
-    assert (it.signature.executor, it.signature.code) == ("eager", CODES[name])
-    assert re.fullmatch(SAID[name], it.finding.message), it.finding.message
-    assert it.shrunk
-    assert (it.reliability.disagreed, it.reliability.runs) == (5, 5)
-    (replay,) = it.case.replays
-    assert [request.seq_len for request in replay.requests] == [TRIGGER]
-
-
-def test_the_others_are_complete(found: tuple[dict[str, Disagreement], RunFinished]) -> None:
-    every, finished = found
-    assert set(every) == set(CODES)
+def test_each_is_one_finding_shrunk_to_its_trigger() -> None:
+    """One run with all of them, and a correct implementation; but for what hangs, which is given less time."""
+    hanging = _run(_only("hangs", deadline_s=SHORT_S))
+    events = _run(_only(*(name for name in CODES if name != "hangs"), "vectorized", workers=2))
+    found = [it for it in hanging + events if isinstance(it, Disagreement)]
+    assert sorted(it.signature.implementation for it in found) == sorted(CODES)
+    for it in found:
+        name = it.signature.implementation
+        assert (it.signature.executor, it.signature.code) == ("eager", CODES[name])
+        assert re.fullmatch(SAID[name], it.finding.message), it.finding.message
+        assert it.shrunk, name
+        assert (it.reliability.disagreed, it.reliability.runs) == (5, 5), name
+        (replay,) = it.case.replays
+        assert [request.seq_len for request in replay.requests] == [TRIGGER], name
+    finished = events[-1]
+    assert isinstance(finished, RunFinished)
     cell = finished.matrix.cells["vectorized", "eager", Mode.DECODE]
     assert (cell.cases, cell.disagree, cell.unknown) == (PLAN.max_examples, 0, 0)
     assert finished.replaced >= len(CODES) - 2
@@ -151,6 +141,15 @@ def test_who_spoilt_the_memory_in_an_earlier_case_is_accused(keeper: Keeper) -> 
     assert told[2].primary is not None
     assert told[2].primary.message.endswith("not again when the case was run alone")
     assert outcomes.before == {(1, 2): [BAD]}
+
+
+def test_judging_again_is_not_misled_by_the_cases_judged_again_before(keeper: Keeper) -> None:
+    """As where several cases are screened at once: each of them is judged again, and only the fifth call dies."""
+    keeper.judge([Task(BAD, (("exits", "eager"),))])
+    judged: list[dict[Pair, Judgement]] = []
+    pairs = (("counts", "eager"),)
+    assert [keeper._careful(Task(GOOD, pairs), {}, judged) for _ in range(4)] == [False] * 4
+    assert [it[pairs[0]].verdict.outcome for it in judged] == [AGREE] * 4
 
 
 def test_a_death_that_needs_an_earlier_case_is_kept_with_it(keeper: Keeper) -> None:

@@ -421,6 +421,7 @@ REUSED_STAGING: Final = GraphBug(
         ),
     ),
     code=Code.WRONG_VALUE,
+    also={Code.STALE: two_replays_of_one_request},
     smallest=two_replays_of_one_request,
     eagerly=Eagerly.ONLY,
     races=True,

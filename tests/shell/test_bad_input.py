@@ -76,8 +76,8 @@ MINE = ("run", "--impl", "mine.py", "--only", "short-top-k", "--executor", "eage
 def test_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], sentence: str) -> None:
     import torch
 
-    if "cuda" in arguments:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU, and it is the worker that asks")
     (folder / "folder").mkdir()
     texts = {
         "raises.py": "import math\n\nraise ValueError('cannot')\n",

@@ -173,8 +173,8 @@ def test_options_that_cannot_be_met(
 ) -> None:
     import torch
 
-    if "cuda" in arguments:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU, and it is the worker that asks")
     saved(inner.path)
     result = _run(inner, "--nsa-corpus", "corpus", *arguments)
     assert result.ret == pytest.ExitCode.INTERRUPTED
