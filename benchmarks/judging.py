@@ -23,7 +23,7 @@ from nsa_verify.core.implementation import Implementation
 from nsa_verify.core.registry import load
 from nsa_verify.device import judge, screening
 from nsa_verify.device.batch import Job, judge_batch
-from nsa_verify.device.driving import Executor
+from nsa_verify.device.driving import Executor, captures
 from nsa_verify.device.executors import executors_for
 from nsa_verify.device.rig import close_rigs, rig_for
 from nsa_verify.device.select import describe, resolve, single_thread
@@ -148,7 +148,7 @@ def own_seconds(case: Case, pair: Pair, device: str, repeat: bool) -> float:
             rig.load(case, replay, values[replay])
         inputs, steps = rig.inputs(*it.key(replay)), rig.steps(*it.key(replay), writes)
         started = time.perf_counter()
-        if executor.captures:
+        if captures(executor):
             session.replay(*it.key(replay))
         else:
             implementation.refresh(inputs, steps, case.setup)
