@@ -39,9 +39,11 @@ LAYERS: Final = {
     "nsa_verify.core": _layer("", "msgspec torch"),
     "nsa_verify.kernels": _layer("nsa_verify nsa_verify.core", "torch triton"),
     "nsa_verify.strategies": _layer("nsa_verify nsa_verify.core", "hypothesis"),
+    "nsa_verify.mutants": _layer("nsa_verify nsa_verify.core", ""),
     "nsa_verify.device": _layer("nsa_verify nsa_verify.core", "msgspec torch triton"),
     "nsa_verify.engine": _layer(
-        "nsa_verify nsa_verify.core nsa_verify.strategies nsa_verify.engine.worker", "msgspec filelock hypothesis"
+        "nsa_verify nsa_verify.core nsa_verify.strategies nsa_verify.mutants nsa_verify.engine.worker",
+        "msgspec filelock hypothesis",
     ),
     # Imported by the engine process, run in the worker process: there, and nowhere else, it needs the device side.
     "nsa_verify.engine.worker": _layer(
@@ -51,7 +53,7 @@ LAYERS: Final = {
     "nsa_verify.engine.preload": _layer("nsa_verify nsa_verify.core nsa_verify.engine", "", lazily="nsa_verify.device"),
     "nsa_verify.shell": _layer(
         "nsa_verify nsa_verify.core nsa_verify.strategies nsa_verify.engine nsa_verify.engine.worker"
-        " nsa_verify.device nsa_verify.kernels",
+        " nsa_verify.device nsa_verify.kernels nsa_verify.mutants",
         "click rich pytest xdist msgspec filelock hypothesis pynvml torch triton numpy",
     ),
 }

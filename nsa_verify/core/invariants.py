@@ -5,9 +5,9 @@ Checked on the oracle's own expectation as well as on what an implementation lef
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from nsa_verify.core.case import Case, Mode, Replay, Setup, row_slots
 from nsa_verify.core.oracle import Expectation, batch
@@ -33,39 +33,48 @@ def content_of(expected: Expectation) -> dict[str, list[tuple[int, ...]]]:
     return {name: [row.values[: row.live] for row in rows] for name, rows in expected.buffers.items()}
 
 
-def violations(case: Case, replay: int, content: Content) -> Iterator[Violation]:
-    """Every invariant that ``content`` breaks, at its first element."""
+def violations(
+    case: Case, replay: int, content: Content, without: Collection[str] = frozenset()
+) -> Iterator[Violation]:
+    """Every invariant that ``content`` breaks, at its first element; those named in ``without`` are not asked for."""
+    for name, broken in INVARIANTS.items():
+        if name not in without:
+            yield from broken(case, replay, content)
+
+
+def _negative(_: Case, __: int, content: Content) -> Iterator[Violation]:
     for name in LENGTHS:
-        yield from _negative(name, content.get(name, ()))
-    for name, lengths in PREFIX_SUMS.items():
-        yield from _prefix_sum(name, content[name][0], content.get(lengths, ((),))[0])
-    yield from _top_k(case.setup, content)
-    yield from _tables(case, replay, content)
-
-
-def _negative(name: str, rows: Sequence[Sequence[int]]) -> Iterator[Violation]:
-    for row, values in enumerate(rows):
-        if min(values, default=0) >= 0:
-            continue
-        for column, value in enumerate(values):
-            if value < 0:
+        for row, values in enumerate(content.get(name, ())):
+            if min(values, default=0) < 0:
+                column, value = next((at, value) for at, value in enumerate(values) if value < 0)
                 yield Violation(name, row, column, f"negative length {value}, read as {value % 2**32} tokens")
-                return
+                break
 
 
-def _prefix_sum(name: str, sums: Sequence[int], lengths: Sequence[int]) -> Iterator[Violation]:
-    if sums[0] != 0:
-        yield Violation(name, 0, 0, f"starts at {sums[0]}, not at 0")
-        return
-    for column, (before, value) in enumerate(pairwise(sums), start=1):
-        if value < before:
-            yield Violation(name, 0, column, f"runs backwards: {before} then {value}")
-            return
-    if sums[-1] != sum(lengths):
-        yield Violation(name, 0, len(sums) - 1, f"ends at {sums[-1]}, the lengths sum to {sum(lengths)}")
+def _starts(_: Case, __: int, content: Content) -> Iterator[Violation]:
+    for name in PREFIX_SUMS:
+        first = content[name][0][0]
+        if first != 0:
+            yield Violation(name, 0, 0, f"starts at {first}, not at 0")
 
 
-def _top_k(setup: Setup, content: Content) -> Iterator[Violation]:
+def _backwards(_: Case, __: int, content: Content) -> Iterator[Violation]:
+    for name in PREFIX_SUMS:
+        for column, (before, value) in enumerate(pairwise(content[name][0]), start=1):
+            if value < before:
+                yield Violation(name, 0, column, f"runs backwards: {before} then {value}")
+                break
+
+
+def _ends(_: Case, __: int, content: Content) -> Iterator[Violation]:
+    for name, lengths in PREFIX_SUMS.items():
+        sums, total = content[name][0], sum(content.get(lengths, ((),))[0])
+        if sums[-1] != total:
+            yield Violation(name, 0, len(sums) - 1, f"ends at {sums[-1]}, the lengths sum to {total}")
+
+
+def _top_k(case: Case, _: int, content: Content) -> Iterator[Violation]:
+    setup = case.setup
     if "nsa_cache_seqlens" not in content:
         return
     pairs = zip(content["nsa_cache_seqlens"][0], content["nsa_seqlens_expanded"][0], strict=True)
@@ -104,3 +113,14 @@ def _stray(setup: Setup, replay: Replay, pool_row: int, page: int, values: tuple
         return None
     allowed = {slot // page for slot in row_slots(setup, replay, pool_row, setup.pool_width)}
     return next((column for column, value in enumerate(values) if value not in allowed), None)
+
+
+INVARIANTS: Final[Mapping[str, Callable[[Case, int, Content], Iterator[Violation]]]] = {
+    "lengths are not negative": _negative,
+    "prefix sums start at 0": _starts,
+    "prefix sums do not run backwards": _backwards,
+    "prefix sums end at the sum": _ends,
+    "the top-k minimum is one": _top_k,
+    "tables hold slots of the request": _tables,
+}
+"""In the order in which they are asked for."""

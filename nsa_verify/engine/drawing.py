@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from random import Random
 from typing import Any, ClassVar, Final, TypeVar
@@ -16,8 +16,9 @@ from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, Hypoth
 from hypothesis.internal.entropy import deterministic_PRNG
 
 from nsa_verify.core.case import Case
+from nsa_verify.core.labels import Novelty
 from nsa_verify.engine.plan import Plan
-from nsa_verify.strategies import Limits, Swarm, cases, setups
+from nsa_verify.strategies import Feature, Limits, Swarm, cases, setups
 from nsa_verify.strategies.profiles import profile
 
 T = TypeVar("T")
@@ -25,6 +26,8 @@ T = TypeVar("T")
 BACKEND = "nsa-verify"
 SETUP_SPAN: Final = setups().label
 """How Hypothesis marks the choices that make a Setup."""
+CANDIDATES: Final = 3
+"""So many cases are drawn for one that is judged."""
 UNIFORM: Final = range(-256, 256)
 """From ranges within, Hypothesis draws each value as often as any other."""
 
@@ -39,16 +42,21 @@ class SeededProvider(HypothesisProvider):
     """
 
     season_seed: ClassVar[int | None] = None
+    case_seeds: ClassVar[Iterator[int]] = iter(())
+    """Seeds of the next cases, in place of whatever chance they are given."""
 
     def __init__(self, data: ConjectureData | None, /) -> None:
         super().__init__(data)
+        own = next(self.case_seeds, None)
+        if own is not None:
+            self._random = Random(own)
         self._of_the_round = self._random
         self._spans_in_setup = 0
 
     @classmethod
-    def of(cls, season_seed: int | None) -> type[SeededProvider]:
-        """The provider of a season; of none if ``season_seed`` is None."""
-        return type(cls.__name__, (cls,), {"season_seed": season_seed})
+    def of(cls, season_seed: int | None, case_seeds: Iterable[int] = ()) -> type[SeededProvider]:
+        """The provider of a season, of none if ``season_seed`` is None; of the cases of ``case_seeds`` first."""
+        return type(cls.__name__, (cls,), {"season_seed": season_seed, "case_seeds": iter(case_seeds)})
 
     def span_start(self, label: int, /) -> None:
         """Draw from the season's chance inside the span of the Setup, nested spans included."""
@@ -132,19 +140,26 @@ def draw_round(plan: Plan, device: str, index: int, visit: Callable[[Case], None
     """
     # Without Hypothesis's engine: until a case is to be shrunk it would cost more than the choices, and do nothing. As
     # under it, whoever draws from the global ``random`` is given the same numbers with every case.
-    for case in _drawn(plan, device, index):
+    for _, case in _chosen(plan, device, index):
         with deterministic_PRNG():
             visit(case)
 
 
-def _drawn(plan: Plan, device: str, index: int) -> Iterator[Case]:
+def _chosen(plan: Plan, device: str, index: int) -> Iterator[tuple[int | None, Case]]:
+    """The cases of a round, each with its seed: of some candidates the one with the most pairs of labels that are new
+    in the round. Longer cases have more of everything, and cost more: their pairs count for less."""
     strategy, provider = _strategy(plan, device, index), SeededProvider.of(plan.season_seed(index))
-    chance, count = Random(plan.round_seed(index)), plan.round_cases(index)
-    if index == 0:
-        yield ConjectureData.for_choices((ChoiceTemplate("simplest", count=None),)).draw(strategy)
-        count -= 1
-    for _ in range(count):
-        yield _Unrecorded(random=chance, provider=provider).draw(strategy)
+    chance, met = Random(plan.round_seed(index)), Novelty()
+    for number in range(plan.round_cases(index)):
+        seeded: int | None = None
+        if index == number == 0:
+            case = ConjectureData.for_choices((ChoiceTemplate("simplest", count=None),)).draw(strategy)
+        else:
+            seeds = [chance.getrandbits(62) for _ in range(CANDIDATES if number else 1)]
+            drawn = [(it, _Unrecorded(random=Random(it), provider=provider).draw(strategy)) for it in seeds]
+            seeded, case = max(drawn, key=lambda it: met.of(it[1]) / len(it[1].replays) ** 0.5)
+        met.add(case)
+        yield seeded, case
 
 
 def shrink_round(plan: Plan, device: str, index: int, shows: Callable[[Case], bool]) -> bool:
@@ -152,10 +167,11 @@ def shrink_round(plan: Plan, device: str, index: int, shows: Callable[[Case], bo
 
     ``shows`` is called with every probe and keeps what it wants to keep. The first probe of any round is the simplest
     case that there is: if it shows, nothing is left to shrink, and if it does not, Hypothesis need not try it again.
-    Then come the cases of the round. False if the probes contradicted each other, as they do for an implementation
-    that is not deterministic.
+    Then come the cases of the round, without the candidates that were not chosen. False if the probes contradicted each
+    other, as they do for an implementation that is not deterministic.
     """
-    AVAILABLE_PROVIDERS[BACKEND] = SeededProvider.of(plan.season_seed(index))
+    seeds = [seeded for seeded, _ in _chosen(plan, device, index) if seeded is not None]
+    AVAILABLE_PROVIDERS[BACKEND] = SeededProvider.of(plan.season_seed(index), seeds)
     chosen = settings(
         profile(plan.profile).settings,
         max_examples=plan.round_cases(index) + (index > 0),
@@ -179,6 +195,6 @@ def shrink_round(plan: Plan, device: str, index: int, shows: Callable[[Case], bo
 
 
 def _strategy(plan: Plan, device: str, index: int) -> st.SearchStrategy[Case]:
-    swarm = Swarm.for_round(plan.seed, index, plan.season(index))
+    swarm = Swarm.for_round(plan.seed, index, plan.season(index)).without(*map(Feature, plan.without))
     limits = Limits.short() if plan.short_cases else Limits.for_device(device)
     return cases(modes=plan.modes, swarm=swarm, limits=limits)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from enum import StrEnum
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct
 
 from nsa_verify.core.case import Case, Mode
 from nsa_verify.core.findings import Finding, Outcome, Signature, Verdict
+from nsa_verify.core.labels import Coverage
 
 
 class StopReason(StrEnum):
     """Why a run ended; the value is the sentence shown."""
 
     EXAMPLES = "all cases were drawn"
+    SEEN = "all that was looked for was seen"
     TIME = "the time was up"
     INTERRUPTED = "interrupted"
 
@@ -146,10 +149,12 @@ class RoundFinished(Struct, frozen=True):
 
 
 class DisagreementSeen(Struct, frozen=True):
-    """The first case of a signature; it is shrunk when all cases were drawn."""
+    """The first case of a signature; it is shrunk when all cases were drawn. ``number`` counts the run's cases from 1;
+    0: it was not drawn in this run."""
 
     signature: Signature
     finding: Finding
+    number: int = 0
 
 
 class Shrinking(Struct, frozen=True):
@@ -212,7 +217,7 @@ class CheckFailed(Struct, frozen=True):
 class RunFinished(Struct, frozen=True):
     """The end: the matrix, how many cases in how many seconds of drawing and judging, and why it stopped.
 
-    ``replaced`` counts the workers that died and were replaced.
+    ``replaced`` counts the workers that died and were replaced; ``coverage`` is empty if it was not asked for.
     """
 
     matrix: Matrix
@@ -224,6 +229,7 @@ class RunFinished(Struct, frozen=True):
     digest: str
     replaced: int = 0
     spent: dict[str, float] = {}
+    coverage: Coverage = msgspec.field(default_factory=Coverage)
 
 
 Event = (

@@ -58,6 +58,15 @@ class Plan(Struct, frozen=True, kw_only=True):
     """How long an implementation may be silent before it counts as hung; 0: as long as suits it."""
     memory_bytes: int = 0
     """How much memory an implementation may take; 0: a share of what is free."""
+    until: tuple[tuple[str, str], ...] = ()
+    """Pairs of implementation and executor: no more is drawn once each of them has disagreed, and of each only what was
+    seen first is shrunk."""
+    without: tuple[str, ...] = ()
+    """Features that no case has (``nsa_verify.strategies.Feature``)."""
+    coverage: bool = False
+    """Whether it is counted which labels the cases have (``nsa_verify.core.labels``)."""
+    blind: tuple[str, ...] = ()
+    """Checks that are not made (``nsa_verify.engine.blinding.CHECKS``)."""
 
     @property
     def rounds(self) -> int:

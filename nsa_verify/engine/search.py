@@ -13,7 +13,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Final
 
+from nsa_verify.core.case import Case
 from nsa_verify.core.findings import Code, Signature
+from nsa_verify.core.labels import Coverage
 from nsa_verify.engine.crew import Crew, Promise
 from nsa_verify.engine.events import (
     CheckFailed,
@@ -33,7 +35,7 @@ from nsa_verify.engine.events import (
 )
 from nsa_verify.engine.inflight import Left
 from nsa_verify.engine.messages import Pair
-from nsa_verify.engine.plan import Plan, digest
+from nsa_verify.engine.plan import ROUND_CASES, Plan, digest
 from nsa_verify.engine.process import EngineError
 from nsa_verify.engine.searcher import DEATHS, RoundResult, Seen, ShrinkResult, judge_again, run_rounds, shrink
 
@@ -58,6 +60,7 @@ class _State:
     stop: StopReason = StopReason.EXAMPLES
     replaced: int = 0
     spent: Counter[str] = field(default_factory=Counter)
+    coverage: Coverage = field(default_factory=Coverage)
     deaths: Counter[Pair] = field(default_factory=Counter)
     """How many rounds each pair has killed a worker in; a hang counts for ``DEATHS_BORNE``."""
 
@@ -131,6 +134,7 @@ def search(
         digest=state.digest(),
         replaced=state.replaced,
         spent=dict(state.spent),
+        coverage=state.coverage,
     )
 
 
@@ -168,6 +172,8 @@ def _rounds(plan: Plan, crew: Crew, state: _State, note: Callable[[Disagreement]
             legs, state.stop = iter(()), StopReason.INTERRUPTED
         elif deadline and time.time() > deadline and state.cases < plan.max_examples:
             legs, state.stop = iter(()), StopReason.TIME
+        elif plan.until and set(plan.until) <= {(it.implementation, it.executor) for it in state.first}:
+            legs, state.stop = iter(()), StopReason.SEEN
         while len(running) < crew.workers and (leg := next(legs, None)) is not None:
             running.add(crew.submit(run_rounds, plan, leg, deadline, state.without))
         if not running:
@@ -187,6 +193,7 @@ def _round(state: _State, result: RoundResult, note: Callable[[Disagreement], No
     state.cases += result.cases
     state.replaced += result.replaced
     state.spent.update(result.spent)
+    state.coverage.add(result.coverage)
     state.digests[result.index] = result.digests
     for it in result.seen:
         if it.finding.code in DEATHS and not it.before:  # what came once and not again excludes nobody
@@ -201,23 +208,33 @@ def _round(state: _State, result: RoundResult, note: Callable[[Disagreement], No
         known = state.first.get(seen.signature)
         if known is None:
             note(_as_drawn(seen, "the run was killed before it was shrunk"))
-            yield DisagreementSeen(seen.signature, seen.finding)
+            yield DisagreementSeen(seen.signature, seen.finding, ROUND_CASES * result.index + seen.index + 1)
         if known is None or result.index < known[0]:
             state.first[seen.signature] = (result.index, seen)
 
 
 def _shrinks(plan: Plan, crew: Crew, state: _State, keep: Keep) -> Iterator[Event]:
-    """Shrink each signature, several at a time, until Ctrl-C."""
-    waiting = sorted(state.first) if plan.shrink else []
+    """Shrink each signature, several at a time, until Ctrl-C.
+
+    What one executor's case was shrunk to is tried first for the other executors that gave the same code.
+    """
+    waiting = _to_shrink(plan, state)
     running: dict[Promise[ShrinkResult | None], Signature] = {}
+    minimal: dict[tuple[str, Code], Case] = {}
     while True:
         if crew.interrupted:
             waiting, state.stop = [], StopReason.INTERRUPTED
-        while waiting and len(running) < crew.workers:
-            signature = waiting.pop(0)
+        busy = {_bug(signature) for signature in running.values()}
+        while len(running) < crew.workers:
+            signature = next((it for it in waiting if _bug(it) not in busy), None)
+            if signature is None:
+                break
+            waiting.remove(signature)
+            busy.add(_bug(signature))
             yield Shrinking(signature)
             index, seen = state.first[signature]
-            running[crew.submit(shrink, plan, index, seen)] = signature
+            promise = crew.submit(shrink, plan, index, seen, minimal.get(_bug(signature)))
+            running[promise] = signature
         if not running:
             return
         for promise in crew.wait(running):
@@ -227,9 +244,27 @@ def _shrinks(plan: Plan, crew: Crew, state: _State, keep: Keep) -> Iterator[Even
                 state.replaced += result.replaced
                 if result.stopped:
                     crew.stop()
+                elif result.stable and not result.before:
+                    minimal.setdefault(_bug(signature), result.case)
             note = "the shrink was interrupted" if crew.interrupted else ""
             state.kept.add(signature)
             yield keep(_minimal(state.first[signature][1], result, note))
+
+
+def _bug(signature: Signature) -> tuple[str, Code]:
+    """What the signatures of several executors have in common."""
+    return signature.implementation, signature.code
+
+
+def _to_shrink(plan: Plan, state: _State) -> list[Signature]:
+    if not plan.shrink:
+        return []
+    if not plan.until:
+        return sorted(state.first)
+    earliest: dict[Pair, Signature] = {}
+    for signature, _ in sorted(state.first.items(), key=lambda it: (it[1][0], it[1][1].index)):
+        earliest.setdefault((signature.implementation, signature.executor), signature)
+    return sorted(earliest.values())
 
 
 def _leftovers(state: _State, keep: Keep, note: str) -> Iterator[Event]:

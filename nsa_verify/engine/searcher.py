@@ -24,12 +24,14 @@ from msgspec import Struct
 
 from nsa_verify.core.case import Case, size_of
 from nsa_verify.core.findings import Code, Finding, Outcome, Signature, Verdict
+from nsa_verify.core.labels import Coverage
 from nsa_verify.core.spent import DRAW, TRANSPORT, WAIT, spending, taken
 from nsa_verify.engine.drawing import draw_round, shrink_round
 from nsa_verify.engine.events import Cell, Matrix, Reliability, Tally
 from nsa_verify.engine.isolation import Inside, Keeper
 from nsa_verify.engine.messages import Hello, Judgement, Pair, Task
 from nsa_verify.engine.plan import EAGER, ROUND_CASES, Plan, digest
+from nsa_verify.engine.simplifying import simplified
 
 RELIABILITY_RUNS = 5
 REPEAT_EVERY = 2
@@ -38,6 +40,8 @@ DELAY_EVERY = (10, 50)
 """The same for the delay of the stream, which costs more; the second once cases share a Setup, in long runs."""
 FRESH_EVERY = 32
 """The same for capturing graphs afresh where those of earlier cases would serve."""
+SIMPLIFYING_PROBES = 200
+"""How many cases are tried after Hypothesis's shrink."""
 SEQUENCE_PROBES = 60
 """How often a sequence of cases is run to make it shorter."""
 LEFT_OUT = "not run again: it killed its worker, or hung, in earlier rounds"
@@ -79,6 +83,8 @@ class RoundResult(Struct):
     replaced: int = 0
     spent: dict[str, float] = {}
     """Seconds of the searcher by name, and of its worker by name with ``worker: `` in front."""
+    coverage: Coverage = msgspec.field(default_factory=Coverage)
+    """Empty if the plan does not ask for it."""
 
 
 class ShrinkResult(Struct):
@@ -116,9 +122,10 @@ class _Here:
 def obey(stop: EventType, all_ready: Barrier, numbers: Synchronized[int]) -> None:
     """Make this process a searcher, and number it: the engine decides when to stop, not the terminal's Ctrl-C."""
     global _engine_stops, _all_ready
-    _engine_stops, _all_ready = stop, all_ready
     with numbers.get_lock():
         _Here.number, numbers.value = numbers.value, numbers.value + 1
+    # Who takes the place of a searcher that was killed has nobody to wait for.
+    _engine_stops, _all_ready = stop, all_ready if _Here.number < all_ready.parties else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setpgid(0, 0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -167,15 +174,17 @@ def stopping() -> bool:
 
 def hello(plan: Plan) -> Hello:
     """Start up and say what is here; returns when every searcher has got that far, or one has failed to."""
+    global _all_ready
+    others, _all_ready = _all_ready, None  # whatever is run later is this searcher's alone
     try:
         said = keeper_of(plan).hello()
     except BaseException:
-        if _all_ready is not None:
-            _all_ready.abort()
+        if others is not None:
+            others.abort()
         raise
-    if _all_ready is not None:
+    if others is not None:
         with suppress(BrokenBarrierError):  # the searcher that broke it reports why
-            _all_ready.wait(START_TIMEOUT_S)
+            others.wait(START_TIMEOUT_S)
     return said
 
 
@@ -193,7 +202,7 @@ def run_rounds(
     for index in indices:
         tasks = _drawn(plan, said, index, without)
         if waiting:
-            results.append(_round_result(keeper, indices[len(results)], waiting, without))
+            results.append(_round_result(plan, keeper, indices[len(results)], waiting, without))
             waiting = []
         if stopping():
             break
@@ -201,7 +210,7 @@ def run_rounds(
             keeper.start(tasks, deadline)
         waiting = tasks
     if waiting:
-        results.append(_round_result(keeper, indices[len(results)], waiting, without))
+        results.append(_round_result(plan, keeper, indices[len(results)], waiting, without))
     return results
 
 
@@ -222,7 +231,9 @@ def _drawn(plan: Plan, said: Hello, index: int, without: frozenset[Pair]) -> lis
     return tasks
 
 
-def _round_result(keeper: Keeper | Inside, index: int, tasks: Sequence[Task], without: frozenset[Pair]) -> RoundResult:
+def _round_result(
+    plan: Plan, keeper: Keeper | Inside, index: int, tasks: Sequence[Task], without: frozenset[Pair]
+) -> RoundResult:
     result = RoundResult(index, 0, Matrix(), Tally(), [], [], {})
     lines: dict[Pair, list[str]] = {}
     replaced = keeper.replaced
@@ -240,6 +251,8 @@ def _round_result(keeper: Keeper | Inside, index: int, tasks: Sequence[Task], wi
             lines.setdefault(task.pairs[place], []).append(left_out + _summary(judgement.verdict))
         for pair in without:
             _leave_out(result, task.case, pair)
+        if plan.coverage:
+            result.coverage.count(task.case)
         result.cases += 1
     result.spent = taken() | {f"worker: {name}": seconds for name, seconds in keeper.spent.items()}
     keeper.spent.clear()
@@ -254,7 +267,7 @@ def judge_again(plan: Plan, case: Case) -> RoundResult:
     keeper = keeper_of(plan)
     tasks = [Task(case, keeper.hello().pairs)]
     keeper.start(tasks)
-    return _round_result(keeper, -1, tasks, frozenset())
+    return _round_result(plan, keeper, -1, tasks, frozenset())
 
 
 def judge_saved(plan: Plan, case: Case, before: Sequence[Case] = ()) -> list[Verdict]:
@@ -295,12 +308,13 @@ def _moved(death: Verdict, case: Case) -> Verdict:
     return msgspec.structs.replace(death, findings=(finding,))
 
 
-def shrink(plan: Plan, index: int, seen: Seen) -> ShrinkResult | None:
+def shrink(plan: Plan, index: int, seen: Seen, hint: Case | None = None) -> ShrinkResult | None:
     """The smallest case found that shows what was ``seen``, starting from round ``index``, which showed it; for a death
     that does not come alone, the shortest sequence that ends in it.
 
     Only the accused implementation is run, each probe in a worker that is alive and well. None if the round, run again,
-    did not show it.
+    did not show it. ``hint`` is the minimal case of the same bug under another executor: if it shows it here, it is
+    the minimal case here.
     """
     if seen.before:
         return _shorten(plan, seen)
@@ -322,13 +336,17 @@ def shrink(plan: Plan, index: int, seen: Seen) -> ShrinkResult | None:
 
     stable, stopped = True, False
     try:
-        stable = shrink_round(plan, device, index, shows)
+        if hint is None or not shows(hint):
+            stable = shrink_round(plan, device, index, shows)
+            # What kills or hangs takes its time with every probe.
+            if stable and shown and signature.code not in DEATHS:
+                simplified(shown[-1][0], shows, SIMPLIFYING_PROBES)
     except KeyboardInterrupt:
         stopped = True
     if not shown:
         return None
-    # Hypothesis ends with its minimal case, which is what a person would have written; a shrink that was cut short, or
-    # went astray, ends anywhere.
+    # The last is the minimal case, which is what a person would have written; a shrink that was cut short, or went
+    # astray, ends anywhere.
     case, finding = shown[-1] if stable and not stopped else shown[0]
     reliability = _reliability(keeper, case, signature)
     return ShrinkResult(case, finding, probes, stable, reliability, stopped, keeper.replaced - replaced)

@@ -26,6 +26,7 @@ from nsa_verify.core.implementation import Implementation
 from nsa_verify.core.marks import MARKS, SIZE, Marks, Phase
 from nsa_verify.core.registry import ImplementationError, load
 from nsa_verify.core.spent import JUDGE, TRANSPORT, spending, taken
+from nsa_verify.engine.blinding import blinded
 from nsa_verify.engine.events import Subject
 from nsa_verify.engine.messages import (
     ENCODER,
@@ -119,6 +120,7 @@ class Desk:
             Subject(it.name, it.source, str(it.extent), tuple(mode for mode in plan.modes if mode in it.modes))
             for it in implementations
         )
+        self._blind = plan.blind
         self.base_bytes = 0
         """The memory that this process had when it was up."""
         self.hello = Hello(self._device, describe(self._device), subjects, tuple(self._executors))
@@ -148,7 +150,8 @@ class Desk:
                 modes, skips = self._applies(task.case, pair)
                 yield Starting(number, place, modes, skips)
                 ((_, _, verdict),) = judge_batch([self._job(task, (pair,))], self._device, careful=True)
-                yield Judged(number, place, (Judgement(verdict, skips),), (MARKS[0].slowest_s(0, 0),))
+                judgement = Judgement(blinded(verdict, self._blind), skips)
+                yield Judged(number, place, (judgement,), (MARKS[0].slowest_s(0, 0),))
 
     def _swiftly(self, tasks: Sequence[Task]) -> Generator[Judged]:
         from nsa_verify.device.batch import judge_batch
@@ -158,7 +161,7 @@ class Desk:
             judgements, slowest = [], []
             for place, pair in enumerate(task.pairs):
                 _, _, verdict = next(judged)
-                judgements.append(Judgement(verdict, self._applies(task.case, pair)[1]))
+                judgements.append(Judgement(blinded(verdict, self._blind), self._applies(task.case, pair)[1]))
                 slowest.append(MARKS[0].slowest_s(number, place))
             yield Judged(number, 0, tuple(judgements), tuple(slowest))
         for _ in judged:

@@ -27,6 +27,7 @@ from nsa_verify.shell import options as opt
 from nsa_verify.shell.bench_commands import bench
 from nsa_verify.shell.corpus_commands import corpus
 from nsa_verify.shell.doctor import doctor
+from nsa_verify.shell.mutants_command import mutants
 from nsa_verify.shell.options import ExitCode, Unable
 from nsa_verify.shell.render import explanation_lines
 from nsa_verify.shell.replay_command import replay
@@ -58,6 +59,7 @@ def cli() -> None:
     help="Hypothesis settings and number of cases. [default: dev]",
 )
 @click.option("--no-shrink", is_flag=True, help="Keep disagreeing cases as they were drawn.")
+@click.option("--coverage", is_flag=True, help="Tell which features the cases had, and which pairs of them none had.")
 @opt.together(opt.WORKERS, opt.NO_ISOLATION, opt.DEADLINE, opt.MAX_MEMORY, opt.CORPUS, opt.JSON, opt.NO_COLOR)
 def run(
     references: tuple[str, ...],
@@ -70,6 +72,7 @@ def run(
     max_time: str,
     profile: str,
     no_shrink: bool,
+    coverage: bool,
     workers: str,
     no_isolation: bool,
     deadline: str,
@@ -91,6 +94,7 @@ def run(
         only=only,
         profile=profile,
         shrink=not no_shrink,
+        coverage=coverage,
         isolate=not no_isolation,
         deadline_s=opt.seconds("--deadline", deadline),
         memory_bytes=opt.size("--max-memory", max_memory),
@@ -221,3 +225,4 @@ cli.add_command(bench)
 cli.add_command(replay)
 cli.add_command(corpus)
 cli.add_command(doctor)
+cli.add_command(mutants)

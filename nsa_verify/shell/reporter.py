@@ -30,6 +30,7 @@ from nsa_verify.engine.events import (
     WorkersReady,
 )
 from nsa_verify.engine.plan import Plan
+from nsa_verify.shell.coverage import coverage_document, coverage_lines
 from nsa_verify.shell.render import (
     NOT_CAPTURABLE,
     case_lines,
@@ -227,6 +228,10 @@ class TerminalReporter:
             self._matrix(rows)
             for line in [*reason_lines(event.matrix), *tally_lines(event.tally)]:
                 self._line(line)
+        if self._plan.coverage and event.cases:
+            self._line()
+            for line in coverage_lines(event.coverage, self._plan.modes):
+                self._line(line)
         self._line()
         rate = event.cases / event.seconds if event.seconds else 0.0
         self._line(
@@ -320,3 +325,5 @@ class JsonReporter:
         self._document |= {"matrix": matrix, "cases": event.cases, "seconds": event.seconds, "cases_per_s": rate}
         self._document |= {"stop": str(event.stop), "digest": event.digest, "replaced": event.replaced}
         self._document |= {"fallbacks": event.tally.fallbacks, "compile_keys": event.tally.compile_keys}
+        if self._plan.coverage:
+            self._document["coverage"] = coverage_document(event.coverage, self._plan.modes)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from random import Random
 
 import pytest
 
 from nsa_verify import Case, CtxLens, Mode, Replay, Request, Setup, SlotKind
 from nsa_verify.core.case import slot
-from nsa_verify.core.invariants import Violation, content_of, violations
+from nsa_verify.core.invariants import INVARIANTS, Violation, content_of, violations
 from nsa_verify.core.oracle import batch, expect
 
 SETUP = Setup(
@@ -140,4 +141,49 @@ def test_the_v2_form_without_the_clamp_that_real_engines_shipped() -> None:
 def test_without_rows_only_the_leading_zero_is_looked_at() -> None:
     case = Case(SETUP, (Replay(Mode.DRAFT_EXTEND, (Request(9, 0, 0),) * 3),))
     assert list(violations(case, 0, content_of(expect(case, 0)))) == []
-    assert [found.sentence for found in _corrupted("nsa_cu_seqlens_k", 0, 0, 5, case)] == ["starts at 5, not at 0"]
+    told = [found.sentence for found in _corrupted("nsa_cu_seqlens_k", 0, 0, 5, case)]
+    assert told == ["starts at 5, not at 0", "ends at 5, the lengths sum to 0"]
+
+
+Faulty = dict[str, list[tuple[int, ...]]]
+
+
+def _lengths(content: Faulty) -> None:
+    content["paged_mqa_ctx_lens"] = [(-1,)]
+
+
+def _first_sum(content: Faulty) -> None:
+    content["cu_seqlens_k"] = [(1, *content["cu_seqlens_k"][0][1:])]
+
+
+def _middle_sum(content: Faulty) -> None:
+    first, _, *others = content["cu_seqlens_k"][0]
+    content["cu_seqlens_k"] = [(first, others[0] + 1, *others)]
+
+
+def _last_sum(content: Faulty) -> None:
+    *others, last = content["cu_seqlens_k"][0]
+    content["cu_seqlens_k"] = [(*others, last + 1)]
+
+
+def _unclamped(content: Faulty) -> None:
+    content["nsa_cache_seqlens"] = content["nsa_seqlens_expanded"]
+    content["nsa_cu_seqlens_k"] = [(0, *accumulate(content["nsa_seqlens_expanded"][0]))]
+
+
+def _next_request(content: Faulty) -> None:
+    content["page_table_1"] = [*content["page_table_1"][1:], content["page_table_1"][0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [*zip(INVARIANTS, [_lengths, _first_sum, _middle_sum, _last_sum, _unclamped, _next_request], strict=True)],
+    ids=list(INVARIANTS),
+)
+def test_each_invariant_catches_a_faulty_oracle_that_no_other_one_does(
+    name: str, fault: Callable[[Faulty], None]
+) -> None:
+    content = content_of(expect(CASE, 0))
+    fault(content)
+    assert list(violations(CASE, 0, content))
+    assert list(violations(CASE, 0, content, without={name})) == []

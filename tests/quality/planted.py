@@ -1,4 +1,4 @@
-"""Ten bugs as people make them, each planted into a copy of one of the project's own implementations."""
+"""Ten mutants as people make them, and the cases that a person would write to show each."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Final
 from nsa_verify import Case, Code, Mode
 from nsa_verify.core.case import shortest
 from nsa_verify.core.oracle import batch, expect
-
-KERNELS: Final = Path(__file__).resolve().parent.parent.parent / "kernels"
+from nsa_verify.mutants import CATALOGUE, Mutant
 
 Smallest = Callable[[Case], bool]
 """Whether a case is the one that a person would have written to show the bug."""
@@ -19,40 +18,25 @@ Smallest = Callable[[Case], bool]
 
 @dataclass(frozen=True)
 class Bug:
-    """One change to the text of ``kernels/<module>.py``, the code it must be found under, and its smallest cases."""
+    """A mutant of the catalogue, the code it must be found under here, and its smallest cases."""
 
     name: str
-    module: str
-    right: str
-    wrong: str
     code: Code
     smallest: Smallest
 
     @property
+    def mutant(self) -> Mutant:
+        """What is planted."""
+        return CATALOGUE[self.name]
+
+    @property
     def copy_name(self) -> str:
         """What the implementation is called once the bug is in it."""
-        return f"bug-{self.name}"
-
-    def text(self, planted: bool = True) -> str:
-        """The source of the copy, with the bug or without."""
-        original = self.module.replace("_", "-")
-        text = (KERNELS / f"{self.module}.py").read_text(encoding="utf-8")
-        text = _replace_once(text, f'"{original}"', f'"{self.copy_name}"')
-        return _replace_once(text, self.right, self.wrong) if planted else text
+        return self.mutant.copy_name
 
     def plant(self, folder: Path, planted: bool = True) -> Path:
         """Write the copy into ``folder``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name.replace('-', '_')}.py"
-        path.write_text(self.text(planted), encoding="utf-8")
-        return path
-
-
-def _replace_once(text: str, old: str, new: str) -> str:
-    found = text.count(old)
-    if found != 1:
-        raise ValueError(f"{old!r} stands {found} times in the implementation, so the bug cannot be planted")
-    return text.replace(old, new)
+        return self.mutant.plant(folder, planted)
 
 
 def requests_of(case: Case) -> list[tuple[int, int]]:
@@ -105,94 +89,14 @@ def _nothing_accepted(case: Case) -> bool:
 
 
 BUGS: Final = (
-    Bug(
-        name="no-clamp-at-0",
-        module="python_loop",
-        right="torch.cat(ranges).clamp(min=0)",
-        wrong="torch.cat(ranges)",
-        code=Code.INVARIANT,
-        smallest=_only_padding_underflows,
-    ),
-    Bug(
-        name="top-k-comparison",
-        module="vectorized",
-        right="original_seq_lens.clamp(max=nsa_index_topk).to(torch.int32)",
-        wrong=(
-            "((original_seq_lens < nsa_index_topk) * original_seq_lens"
-            " + (original_seq_lens > nsa_index_topk) * nsa_index_topk).to(torch.int32)"
-        ),
-        code=Code.WRONG_VALUE,
-        smallest=_one_row_of_length_top_k,
-    ),
-    Bug(
-        name="page-column-off-by-one",
-        module="vectorized",
-        right="inputs.req_to_token[:, : setup.table_width]",
-        wrong="inputs.req_to_token.roll(-1, dims=1)[:, : setup.table_width]",
-        code=Code.WRONG_VALUE,
-        smallest=_one_request_of_length_1,
-    ),
-    Bug(
-        name="prefix-sum-without-0",
-        module="python_loop",
-        right="    out[:1].zero_()\n",
-        wrong="",
-        code=Code.POISON,
-        smallest=_one_request_of_length_1,
-    ),
-    Bug(
-        name="one-past-the-prefix-sum",
-        module="python_loop",
-        right="    _prefix_sum(step.nsa_cache_seqlens[:rows], step.nsa_cu_seqlens_k)\n",
-        wrong=(
-            "    _prefix_sum(step.nsa_cache_seqlens[:rows], step.nsa_cu_seqlens_k)\n"
-            "    sums = step.nsa_cu_seqlens_k\n"
-            "    sums.as_strided((1,), (1,), sums.storage_offset() + sums.shape[0]).fill_(rows)\n"
-        ),
-        code=Code.GUARD_WRITTEN,
-        smallest=_one_request_of_length_1,
-    ),
-    Bug(
-        name="row-past-the-total-zeroed",
-        module="vectorized",
-        right="    step.page_table_1[:rows].copy_(page_table)\n",
-        wrong="    step.page_table_1[:rows].copy_(page_table)\n    step.page_table_1[rows : rows + 1].zero_()\n",
-        code=Code.FRAME_WRITTEN,
-        smallest=_one_row_past_the_total,
-    ),
-    Bug(
-        name="seq-lens-in-place",
-        module="python_loop",
-        right="inputs.seq_lens[:batch_size] + added",
-        wrong="inputs.seq_lens[:batch_size].add_(added)",
-        code=Code.INPUT_MUTATED,
-        smallest=_verify_of_one_token,
-    ),
-    Bug(
-        name="last-step-not-written",
-        module="vectorized",
-        right="    for step in steps:\n",
-        wrong="    for step in steps[: max(1, len(steps) - 1)]:\n",
-        code=Code.POISON,
-        smallest=_two_steps,
-    ),
-    Bug(
-        name="earlier-replay-left",
-        module="python_loop",
-        right="out[1 : count + 1].copy_(torch.cumsum(lengths, dim=0, dtype=torch.int32))",
-        wrong=(
-            "out[1 : count + 1].copy_("
-            "torch.maximum(out[1 : count + 1], torch.cumsum(lengths, dim=0, dtype=torch.int32)))"
-        ),
-        code=Code.STALE,
-        smallest=_two_then_one,
-    ),
-    Bug(
-        name="zero-accept-counted",
-        module="vectorized",
-        right="_expand_ragged(inputs.accept_lens[:batch_size].long(), seq_lens, requests)",
-        wrong="_expand_ragged(inputs.accept_lens[:batch_size].long().clamp(min=1), seq_lens, requests)",
-        code=Code.FRAME_WRITTEN,
-        smallest=_nothing_accepted,
-    ),
+    Bug("no-clamp-at-0", Code.INVARIANT, _only_padding_underflows),
+    Bug("top-k-comparison", Code.WRONG_VALUE, _one_row_of_length_top_k),
+    Bug("page-column-off-by-one", Code.WRONG_VALUE, _one_request_of_length_1),
+    Bug("prefix-sum-without-0", Code.POISON, _one_request_of_length_1),
+    Bug("one-past-the-prefix-sum", Code.GUARD_WRITTEN, _one_request_of_length_1),
+    Bug("row-past-the-total-zeroed", Code.FRAME_WRITTEN, _one_row_past_the_total),
+    Bug("seq-lens-in-place", Code.INPUT_MUTATED, _verify_of_one_token),
+    Bug("last-step-not-written", Code.POISON, _two_steps),
+    Bug("earlier-replay-left", Code.STALE, _two_then_one),
+    Bug("zero-accept-counted", Code.FRAME_WRITTEN, _nothing_accepted),
 )

@@ -38,9 +38,9 @@ def one_request_of_length_1(case: Case) -> bool:
     return lengths_of(case) == [[1]] and case.setup.buckets == (1,)
 
 
-def one_request_padded_to_two(case: Case) -> bool:
-    """The same, and one padded row."""
-    return lengths_of(case) == [[1]] and case.setup.buckets == (2,)
+def two_rows(case: Case) -> bool:
+    """One replay of two requests of length 1, or of one and a padded row."""
+    return lengths_of(case) in ([[1]], [[1, 1]]) and case.setup.buckets == (2,)
 
 
 def one_request_in(mode: Mode) -> Smallest:
@@ -107,7 +107,7 @@ def verify_between_decodes(case: Case) -> bool:
 def _decodes_two_rows(case: Case) -> bool:
     decoded = [batch(case, index) for index, mode in enumerate(modes_of(case)) if mode is Mode.DECODE]
     apart = len(set(decoded[-1].pool_rows)) == 2 and _are_shortest(case)
-    return apart and case.setup.buckets == (2,) and case.setup.num_draft_tokens == 2
+    return apart and case.setup.buckets in ((2,), (1, 2)) and case.setup.num_draft_tokens == 2
 
 
 def two_graphs(case: Case) -> bool:

@@ -17,7 +17,7 @@ from nsa_verify.engine.replaying import Replayed, Status, replay_saved
 from nsa_verify.engine.search import search
 from nsa_verify.engine.worker import prepare
 
-SEEDS = (0, 1, 2)
+SEEDS = (0,)
 EAGER = ("eager",)
 """These bugs are not of graphs; and a copy may declare more modes capturable than its bug leaves it."""
 WITHIN = (20, 60, 300)
@@ -130,7 +130,7 @@ def test_two_bugs_in_two_implementations_have_a_minimal_case_each(tmp_path: Path
 
 def test_without_a_bug_the_copies_agree(tmp_path: Path) -> None:
     for module in ("python_loop", "vectorized"):
-        bug = next(bug for bug in BUGS if bug.module == module)
+        bug = next(bug for bug in BUGS if bug.mutant.module == module)
         path = bug.plant(tmp_path / module, planted=False)
         run = Run(Plan(max_examples=60, references=(str(path),), only=(bug.copy_name,), executors=EAGER), tmp_path)
         assert (run.found, run.finished.signatures, run.finished.cases) == ([], (), 60)

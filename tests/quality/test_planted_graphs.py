@@ -31,7 +31,7 @@ from nsa_verify.engine.search import search
 from nsa_verify.engine.worker import prepare
 
 GRAPH = "simulated-graph" if NO_GPU else "graph"
-SEEDS = (0, 1)
+SEEDS = (0,)
 WITHIN = 300
 """Cases that may be drawn before a bug is found."""
 INNOCENT = "vectorized"
@@ -181,7 +181,7 @@ def test_a_map_of_the_previous_mode_is_wrong_when_it_is_called_too(tmp_path: Pat
 
 
 def test_a_fallback_that_is_reported_is_shown_and_no_fault(tmp_path: Path) -> None:
-    text = SILENT.text()
+    text = SILENT.mutant.text()
     for silent, reported in (
         ("import torch\n", "import torch\n\nimport nsa_verify\n"),
         ("    except RuntimeError:\n", '    except RuntimeError:\n        nsa_verify.fallback("rows lie apart")\n'),
@@ -201,9 +201,9 @@ def test_a_fallback_that_is_reported_is_shown_and_no_fault(tmp_path: Path) -> No
     assert told(17) == (Outcome.AGREE, {"rows lie apart"})
 
 
-@pytest.mark.parametrize("module", sorted({bug.module for bug in GRAPH_BUGS}))
+@pytest.mark.parametrize("module", sorted({bug.mutant.module for bug in GRAPH_BUGS}))
 def test_without_a_bug_the_copies_agree(module: str, tmp_path: Path) -> None:
-    bug = next(bug for bug in GRAPH_BUGS if bug.module == module)
+    bug = next(bug for bug in GRAPH_BUGS if bug.mutant.module == module)
     path = bug.plant(tmp_path, planted=False)
     run = Run(Plan(max_examples=20, references=(str(path),), only=(bug.copy_name,)), tmp_path)
     assert (run.found, run.finished.signatures, run.finished.cases) == ([], (), 20)

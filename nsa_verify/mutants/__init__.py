@@ -1,0 +1,15 @@
+"""Planted bugs, each a small change to a correct implementation: the proof that the checks see what they are for."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from nsa_verify.mutants.capture import CAPTURE
+from nsa_verify.mutants.mutant import BOTH, EAGER, GRAPH, Mutant, MutantError, Size
+from nsa_verify.mutants.sequences import SEQUENCES
+from nsa_verify.mutants.triton import TRITON
+from nsa_verify.mutants.values import VALUES
+
+CATALOGUE: Final[dict[str, Mutant]] = {it.name: it for it in (*VALUES, *SEQUENCES, *CAPTURE, *TRITON)}
+
+__all__ = ["BOTH", "CATALOGUE", "EAGER", "GRAPH", "Mutant", "MutantError", "Size"]

@@ -1,0 +1,129 @@
+"""Does the search kill every mutant, under a code that fits, shrunk to what shows it, and accuse nobody else?
+
+``NSA_VERIFY_TEST_SEEDS=5`` asks of every mutant with five seeds; by default those that are quick are hunted with one.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+from conftest import NO_GPU
+from msgspec.structs import replace
+
+from nsa_verify import Case, Code, Replay, Request, Setup
+from nsa_verify.core.case import Mode
+from nsa_verify.engine.mutation import Hunt, Hunted, executors_of, hunt, hunt_all
+from nsa_verify.engine.plan import EAGER
+from nsa_verify.kernels import BUILTIN_MODULES
+from nsa_verify.mutants import CATALOGUE, Mutant, MutantError, Size
+
+GRAPH = "simulated-graph" if NO_GPU else "graph"
+EXECUTORS = (EAGER, GRAPH)
+ASKED = os.environ.get("NSA_VERIFY_TEST_SEEDS")
+SEEDS = range(int(ASKED or "1"))
+SLOW = ("triton_fused", "triton_inplace", "precomputed_batched_copy")
+"""Without a GPU, mutants of Triton kernels take half a minute each: of those some must do."""
+SMOKE = ("only-step-0", "ragged-stride-ignored", "field-not-copied", "lengths-kept-by-pool-row")
+ALL = [
+    pytest.param(it, id=it.name, marks=[pytest.mark.gpu] if it.needs_gpu else [])
+    for it in CATALOGUE.values()
+    if it.seen_by and (ASKED or it.module not in SLOW or it.name in SMOKE) and (ASKED or Code.HANG not in it.codes)
+]
+HARMLESS = Mutant(
+    name="harmless",
+    kind="none",
+    trigger="none",
+    module="vectorized",
+    changes={"    for step in steps:\n": "    for step in list(steps):\n"},
+    codes=(Code.WRONG_VALUE,),
+)
+"""What no case can show: it must survive."""
+
+
+def hunted(mutant: Mutant, folder: Path, seed: int = 0, **more: object) -> Hunted:
+    return hunt(mutant, replace(Hunt(seed=seed, executors=EXECUTORS, folder=str(folder)), **more))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("mutant", ALL)
+def test_killed(mutant: Mutant, seed: int, tmp_path: Path) -> None:
+    found = hunted(mutant, tmp_path, seed)
+    assert found.problems == []
+    assert [kill.executor for kill in found.kills] == list(executors_of(mutant, EXECUTORS))
+    for kill in found.kills:
+        assert not kill.problem
+        assert 0 < kill.cases <= 500
+        assert kill.code in mutant.codes
+        if Code.HANG not in mutant.codes and kill.runs:
+            assert kill.case is not None
+            assert Size.of(kill.case).fits(mutant.size)
+
+
+def test_a_mutant_without_a_bug_survives(tmp_path: Path) -> None:
+    found = hunted(HARMLESS, tmp_path, max_cases=30)
+    assert not found.killed
+    assert [(kill.executor, kill.problem) for kill in found.kills] == [(it, "survived 30 cases") for it in EXECUTORS]
+
+
+def test_what_is_seen_otherwise_than_declared_is_no_kill(tmp_path: Path) -> None:
+    mutant = CATALOGUE["page-column-off-by-one"]
+    other = dataclasses.replace(mutant, name="other", codes=(Code.GUARD_WRITTEN,))
+    (kill, _) = hunted(other, tmp_path).kills
+    assert kill.problem.startswith(f"reported as {mutant.codes[0]}, and not as NV201: ")
+    small = dataclasses.replace(mutant, name="small", size=Size(length=0))
+    (kill, _) = hunted(small, tmp_path).kills
+    assert kill.problem == "its minimal case is 1 x 1 x 1, and should be at most 1 x 1 x 0"
+
+
+def test_the_same_seed_kills_with_the_same_cases(tmp_path: Path) -> None:
+    chosen = [it for it in CATALOGUE.values() if it.seen_by and it.module == "python_loop"][:4]
+    given = Hunt(executors=EXECUTORS, folder=str(tmp_path))
+    kills = []
+    for workers in (1, 2):
+        found = sorted(hunt_all(chosen, given, workers), key=lambda it: it.name)
+        kills.append([(it.name, kill.executor, kill.cases, kill.size) for it in found for kill in it.kills])
+    assert kills[0] == kills[1]
+    assert {name for name, *_ in kills[0]} == {it.name for it in chosen}
+
+
+@pytest.mark.parametrize("mutant", CATALOGUE.values(), ids=list(CATALOGUE))
+def test_the_catalogue_is_in_step_with_the_implementations(mutant: Mutant) -> None:
+    right, wrong = mutant.text(changed=False), mutant.text()
+    assert right != wrong
+    assert ast.dump(ast.parse(right)) != ast.dump(ast.parse(wrong))
+    assert mutant.codes or not mutant.seen_by
+    assert mutant.kind
+    assert "\n" not in mutant.trigger
+    assert f"nsa_verify.kernels.{mutant.module}" in BUILTIN_MODULES
+
+
+def test_the_catalogue_covers_what_can_go_wrong() -> None:
+    assert len(CATALOGUE) >= 40
+    assert len({tuple(it.changes.items()) for it in CATALOGUE.values()}) == len(CATALOGUE)
+    assert {it.module for it in CATALOGUE.values()} == {name.rpartition(".")[2] for name in BUILTIN_MODULES}
+    codes = {code for it in CATALOGUE.values() for code in it.codes}
+    assert not {*Code} - codes - {Code.DEATH, Code.HANG, Code.NOT_DETERMINISTIC}
+
+
+def test_a_change_that_does_not_stand_there_once_is_refused() -> None:
+    for right in ("no such text", "Tensor"):
+        mutant = dataclasses.replace(HARMLESS, name="lost", changes={right: ""})
+        with pytest.raises(MutantError, match=rf"^lost: '{right}' stands \d+ times in vectorized.py, and must stand"):
+            mutant.text()
+
+
+def test_size() -> None:
+    setup = Setup(num_draft_tokens=3, buckets=(1, 4), table_width=16)
+    replays = (
+        Replay(Mode.TARGET_VERIFY, (Request(seq_len=5), Request(seq_len=7))),
+        Replay(Mode.DECODE, (Request(seq_len=9),)),
+    )
+    size = Size.of(Case(setup, replays))
+    assert size == Size(replays=2, rows=12, length=9)
+    assert str(size) == "2 x 12 x 9"
+    assert size.fits(Size(2, 12, 9))
+    assert not any(size.fits(it) for it in (Size(1, 12, 9), Size(2, 11, 9), Size(2, 12, 8)))
