@@ -2,8 +2,9 @@
 
 Prints a page in Markdown, and progress on standard error; ``docs/what-each-check-is-for.md`` is what it printed. A
 check or a feature whose absence lets no mutant live, and slows none down, is idle: it can go, or it lacks a mutant.
-``--seed N``, ``--max-cases N`` and ``-w N`` are those of ``nsa-verify mutants``; ``--only TEXT`` asks for those whose
-name holds it.
+``--seed N``, ``--max-cases N`` and ``-w N`` are those of ``nsa-verify mutants``; ``--only TEXT`` asks for those checks
+and features whose name holds it, ``--quick`` leaves out the mutants of Triton kernels, which take long without a GPU,
+``--kind check`` or ``--kind feature`` asks for one table.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ SLOWER = 3.0
 PATIENCE = 20
 """Without something, a mutant may take so many times the cases that it took with everything, and at least ``LEAST``."""
 LEAST = 60
+INTERPRETED = ("triton_fused", "triton_inplace", "precomputed_batched_copy")
 
 
 class Told(NamedTuple):
@@ -88,35 +90,37 @@ def main() -> None:
     parser.add_argument("--max-cases", type=int, default=500)
     parser.add_argument("-w", "--workers", type=int, default=2)
     parser.add_argument("--only", default="")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--kind", choices=["check", "feature"])
     asked = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         given = Hunt(seed=asked.seed, max_cases=asked.max_cases, folder=folder, shrink=False)
-        mutants = [it for it in CATALOGUE.values() if it.seen_by]
+        mutants = [it for it in CATALOGUE.values() if it.seen_by and not (asked.quick and it.module in INTERPRETED)]
         usual = hunted(mutants, given, asked.workers)
         mutants = [it for it in mutants if any(name == it.name for name, _ in usual)]
         say(f"{len(mutants)} mutants with everything: {time.monotonic() - began:.0f} s")
         told: dict[str, list[Told]] = {"check": [], "feature": []}
         for kind, names in (("check", list(CHECKS)), ("feature", [str(it) for it in Feature])):
             for name in names:
-                if asked.only in name:
+                if asked.only in name and asked.kind in (None, kind):
                     less = replace(given, blind=(name,)) if kind == "check" else replace(given, without=(name,))
                     told[kind].append(without(name, less, usual, mutants, asked.workers))
                     say(f"{kind} {name}: {told[kind][-1].lived}, {time.monotonic() - began:.0f} s")
-    for line in page(asked.seed, len(mutants), told):
+    for line in page(f"{len(mutants)} mutants{' of torch implementations' * asked.quick}, seed {asked.seed}", told):
         sys.stdout.write(line + "\n")
 
 
-def page(seed: int, mutants: int, told: dict[str, list[Told]]) -> Iterator[str]:
+def page(hunted_for: str, told: dict[str, list[Told]]) -> Iterator[str]:
     """The page's lines."""
     yield "# What each check is for"
     yield ""
-    yield f"{mutants} mutants, seed {seed}; made by `python -P benchmarks/idle_checks.py`. One check, or one feature of"
+    yield f"{hunted_for}; made by `python -P benchmarks/idle_checks.py`. One check, or one feature of"
     yield "the cases, is switched off at a time, and the mutants are hunted again: those that live are what it alone is"
     yield f"good for. The last column names those that need more than {SLOWER:g} times as many cases (with -> without)."
     yield ""
-    yield from table("check", told["check"])
-    yield from table("feature", told["feature"])
+    for kind, rows in told.items():
+        yield from table(kind, rows) if rows else ()
     yield "The invariants hold the oracle to account, and name findings (NV104); what they see of an implementation,"
     yield "the live cells see too. So their mutants are faulty oracles (`tests/core/test_invariants.py`), and each of"
     yield f"these catches one that no other does: {'; '.join(INVARIANTS)}."

@@ -128,6 +128,30 @@ VALUES: Final[tuple[Mutant, ...]] = (
         codes=(Code.WRONG_VALUE,),
     ),
     Mutant(
+        name="columns-past-the-length-zeroed",
+        kind="slack filled with something of one's own",
+        trigger="a request shorter than the table is wide",
+        module="vectorized",
+        changes={
+            "    step.page_table_1[:rows].copy_(page_table)\n": (
+                "    kv_lens = step.cache_seqlens.index_select(0, owner).unsqueeze(1)\n"
+                "    unused = torch.arange(setup.table_width, device=owner.device) >= kv_lens\n"
+                "    step.page_table_1[:rows].copy_(page_table.masked_fill(unused, 0))\n"
+            )
+        },
+        codes=(Code.WRONG_VALUE,),
+    ),
+    Mutant(
+        name="input-behind-the-batch-zeroed",
+        kind="an input tidied up",
+        trigger="inputs longer than the bucket",
+        module="vectorized",
+        changes={
+            "    for step in steps:\n": "    inputs.seq_lens[inputs.batch_size :].zero_()\n    for step in steps:\n"
+        },
+        codes=(Code.INPUT_MUTATED,),
+    ),
+    Mutant(
         name="row-past-the-total-zeroed",
         kind="rows past the total written",
         trigger="fewer tokens accepted than there are captured rows",

@@ -16,8 +16,10 @@ from msgspec.structs import replace
 
 from nsa_verify import Case, Code, Replay, Request, Setup
 from nsa_verify.core.case import Mode
+from nsa_verify.engine.events import Disagreement
 from nsa_verify.engine.mutation import Hunt, Hunted, executors_of, hunt, hunt_all
-from nsa_verify.engine.plan import EAGER
+from nsa_verify.engine.plan import EAGER, ROUND_CASES, Plan
+from nsa_verify.engine.search import search
 from nsa_verify.kernels import BUILTIN_MODULES
 from nsa_verify.mutants import CATALOGUE, Mutant, MutantError, Size
 
@@ -77,6 +79,33 @@ def test_what_is_seen_otherwise_than_declared_is_no_kill(tmp_path: Path) -> None
     small = dataclasses.replace(mutant, name="small", size=Size(length=0))
     (kill, _) = hunted(small, tmp_path).kills
     assert kill.problem == "its minimal case is 1 x 1 x 1, and should be at most 1 x 1 x 0"
+
+
+def test_no_more_is_drawn_than_is_needed(tmp_path: Path) -> None:
+    assert hunted(CATALOGUE["page-column-off-by-one"], tmp_path).cases == ROUND_CASES
+
+
+def test_what_one_executor_was_shrunk_to_is_tried_first_for_the_other(tmp_path: Path) -> None:
+    mutant = CATALOGUE["top-k-comparison"]
+    plan = Plan(max_examples=30, references=(str(mutant.plant(tmp_path)),), only=(mutant.copy_name,), isolate=True)
+    for workers in (1, 2):
+        events = search(replace(plan, workers=workers), lambda it: it, "", {})
+        found = {it.signature.executor: it for it in events if isinstance(it, Disagreement)}
+        assert sorted(found) == sorted(EXECUTORS)
+        assert found[GRAPH].case == found[EAGER].case
+        assert found[EAGER].probes > 1 == found[GRAPH].probes
+
+
+def test_a_check_that_is_switched_off_sees_nothing(tmp_path: Path) -> None:
+    mutant = CATALOGUE["one-past-the-prefix-sum"]
+    assert not hunted(mutant, tmp_path, blind=("guard zones",), max_cases=30).killed
+    assert hunted(mutant, tmp_path, blind=("frame cells",)).killed
+
+
+def test_a_feature_that_is_switched_off_is_not_drawn(tmp_path: Path) -> None:
+    mutant = CATALOGUE["last-step-not-written"]
+    assert not hunted(mutant, tmp_path, without=("several steps",), max_cases=30).killed
+    assert hunted(mutant, tmp_path, without=("padding",), shrink=False).killed
 
 
 def test_the_same_seed_kills_with_the_same_cases(tmp_path: Path) -> None:
