@@ -154,7 +154,7 @@ def hunt_all(mutants: Sequence[Mutant], given: Hunt, workers: int) -> Iterator[H
     """``hunt`` each, several at a time; those that are done, in the order in which they are.
 
     Raises what ``hunt`` raises, and what keeps the workers from starting. After Ctrl-C what is under way comes back as
-    far as it got, and no more is begun.
+    far as it got, no more is begun, and a ``KeyboardInterrupt`` is the end.
     """
     with Crew(workers, given.device) as crew:
         said = crew.hello(Plan(device=given.device, only=HELLO, isolate=True, gpus=given.gpus))
@@ -166,10 +166,12 @@ def hunt_all(mutants: Sequence[Mutant], given: Hunt, workers: int) -> Iterator[H
             while waiting and len(running) < crew.workers and not crew.interrupted:
                 running.add(crew.submit(hunt, waiting.pop(0), given))
             if not running:
-                return
+                break
             done = crew.wait(running)
             running -= done
             for promise in done:
                 result = crew.result(promise)
                 if result is not None:
                     yield result
+        if crew.interrupted:
+            raise KeyboardInterrupt

@@ -78,6 +78,7 @@ def mutants(
         return
     count = opt.worker_count(workers, device, False, len(chosen))
     found: list[Hunted] = []
+    interrupted = False
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="nsa-verify-mutants-") as folder:
         given = Hunt(
@@ -89,11 +90,14 @@ def mutants(
             shrink=not no_shrink,
             gpus=gpus.placement(gpus.gpus_for(device)),
         )
-        for it in _hunted(chosen, given, count):
-            found.append(it)
-            if not as_json:
-                say(out, _progress_line(it, len(found), len(chosen)), None if it.killed else "bold red")
-    summary = _summary(chosen, found, given, time.perf_counter() - began)
+        try:
+            for it in _hunted(chosen, given, count):
+                found.append(it)
+                if not as_json:
+                    say(out, _progress_line(it, len(found), len(chosen)), None if it.killed else "bold red")
+        except KeyboardInterrupt:
+            interrupted = True
+    summary = _summary(chosen, found, given, time.perf_counter() - began, interrupted)
     if as_json:
         say(out, json_text({"summary": summary, "mutants": [_document(it) for it in found], "version": __version__}))
     else:
@@ -135,10 +139,11 @@ def _catalogue_lines(chosen: Sequence[Mutant]) -> Iterator[str]:
     yield from columns(rows)
 
 
-def _summary(chosen: Sequence[Mutant], found: Sequence[Hunted], given: Hunt, seconds: float) -> Summary:
+def _summary(
+    chosen: Sequence[Mutant], found: Sequence[Hunted], given: Hunt, seconds: float, interrupted: bool
+) -> Summary:
     hunted = {it.name for it in found}
     cases = [kill.cases for it in found for kill in it.kills if kill.cases]
-    interrupted = any(it.interrupted for it in found)
     return Summary(
         mutants=len(found),
         killed=sum(it.killed for it in found),

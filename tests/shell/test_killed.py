@@ -138,15 +138,19 @@ def test_a_finding_that_was_reported_survives_the_run(folder: Path) -> None:
     assert {it.implementation for it in kept if it is not None} == {"wrong", "exits"}
 
 
+def wait_for_tasks(folder: Path) -> None:
+    """Until a run has cases in flight."""
+    deadline = time.monotonic() + 60
+    while not list((folder / "corpus" / FOLDER).glob("*/*.tasks")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def test_a_signal_to_the_whole_group_accuses_nobody(folder: Path) -> None:
     """As ``timeout`` and service managers send it."""
     (folder / "slow.py").write_text(SLOW)
     command = [PROGRAM, *SLOWLY, "-n", "100"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        flying = folder / "corpus" / FOLDER
-        deadline = time.monotonic() + 60
-        while not list(flying.glob("*/*.tasks")) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for_tasks(folder)
         time.sleep(0.7)
         os.killpg(process.pid, signal.SIGTERM)
         said = process.communicate(timeout=60)[0]
@@ -171,10 +175,7 @@ def test_the_case_in_flight_is_judged_again_and_said(folder: Path) -> None:
     (folder / "slow.py").write_text(SLOW)
     run = (*SLOWLY, "-n", "20", "--seed", "1")
     process = subprocess.Popen([PROGRAM, *run], stdout=subprocess.DEVNULL, start_new_session=True)
-    flying = folder / "corpus" / FOLDER
-    deadline = time.monotonic() + 60
-    while not list(flying.glob("*/*.tasks")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_tasks(folder)
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -184,7 +185,7 @@ def test_the_case_in_flight_is_judged_again_and_said(folder: Path) -> None:
     done = invoke(*run)
     assert done.exit_code == 0, done.output
     assert "recovered 1 case in flight when a run was killed: judged again first\n" in done.stdout
-    assert not flying.exists()
+    assert not (folder / "corpus" / FOLDER).exists()
 
 
 def test_a_pytest_worker_that_is_killed_costs_its_test_only(folder: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 from shell.commands import graph_executor, invoke, refused
 
-from nsa_verify.mutants import CATALOGUE
+from nsa_verify.engine import mutation
+from nsa_verify.engine.mutation import Hunt, Hunted
+from nsa_verify.mutants import CATALOGUE, Mutant
 
 EASY, EAGER_ONLY = "page-column-off-by-one", "no-clamp-at-0"
 
@@ -53,6 +56,18 @@ def test_a_survivor_is_exit_code_1() -> None:
 def test_what_nobody_can_see_is_no_kill() -> None:
     sentence = refused(invoke("mutants", "--only", EAGER_ONLY, "--executor", graph_executor(), "-w", 1))
     assert sentence == "no mutant was hunted: none of those asked for can be seen here; see nsa-verify mutants --list"
+
+
+def test_ctrl_c_is_told_and_nothing_is_said_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(mutant: Mutant, _: Hunt) -> Hunted:
+        signal.raise_signal(signal.SIGINT)
+        return Hunted(name=mutant.name, kills=[])
+
+    monkeypatch.setattr(mutation, "hunt", interrupted)
+    done = invoke("mutants", "--only", EASY, "--only", EAGER_ONLY, "-w", 1)
+    assert done.exit_code == 130
+    assert "not hunted" not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("1 of 1 mutant killed in ")
 
 
 def test_the_list_names_every_mutant() -> None:
