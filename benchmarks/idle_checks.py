@@ -3,8 +3,8 @@
 Prints a page in Markdown, and progress on standard error; ``docs/what-each-check-is-for.md`` is what it printed. A
 check or a feature whose absence lets no mutant live, and slows none down, is idle: it can go, or it lacks a mutant.
 ``--seed N``, ``--max-cases N`` and ``-w N`` are those of ``nsa-verify mutants``; ``--only TEXT`` asks for those checks
-and features whose name holds it, ``--quick`` leaves out the mutants of Triton kernels, which take long without a GPU,
-``--kind check`` or ``--kind feature`` asks for one table.
+and features whose name holds it, ``--mutant NAME`` (repeatable) for that mutant, ``--quick`` leaves out the mutants of
+Triton kernels, which take long without a GPU, ``--kind check`` or ``--kind feature`` asks for one table.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def without(name: str, given: Hunt, usual: dict[tuple[str, str], int], mutants: 
     for mutant in mutants:
         slowest = max((cases for (it, _), cases in usual.items() if it == mutant.name), default=0)
         bound = next(it for it in (LEAST, 150, 400, given.max_cases) if it >= min(PATIENCE * slowest, given.max_cases))
-        groups.setdefault(bound, []).append(mutant)
+        groups.setdefault(min(bound, given.max_cases), []).append(mutant)
     found: dict[tuple[str, str], int] = {}
     for bound, group in groups.items():
         found |= hunted(group, replace(given, max_cases=bound), workers)
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--max-cases", type=int, default=500)
     parser.add_argument("-w", "--workers", type=int, default=2)
     parser.add_argument("--only", default="")
+    parser.add_argument("--mutant", action="append", choices=list(CATALOGUE), metavar="NAME")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--kind", choices=["check", "feature"])
     asked = parser.parse_args()
@@ -97,8 +98,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         given = Hunt(seed=asked.seed, max_cases=asked.max_cases, folder=folder, shrink=False)
         mutants = [it for it in CATALOGUE.values() if it.seen_by and not (asked.quick and it.module in INTERPRETED)]
+        mutants = [it for it in mutants if asked.mutant is None or it.name in asked.mutant]
         usual = hunted(mutants, given, asked.workers)
-        mutants = [it for it in mutants if any(name == it.name for name, _ in usual)]
+        if alive := sorted({name for (name, _), cases in usual.items() if not cases}):
+            say(f"left out, since they live with everything: {', '.join(alive)}")
+        mutants = [it for it in mutants if it.name not in alive and any(name == it.name for name, _ in usual)]
         say(f"{len(mutants)} mutants with everything: {time.monotonic() - began:.0f} s")
         told: dict[str, list[Told]] = {"check": [], "feature": []}
         for kind, names in (("check", list(CHECKS)), ("feature", [str(it) for it in Feature])):
@@ -107,7 +111,10 @@ def main() -> None:
                     less = replace(given, blind=(name,)) if kind == "check" else replace(given, without=(name,))
                     told[kind].append(without(name, less, usual, mutants, asked.workers))
                     say(f"{kind} {name}: {told[kind][-1].lived}, {time.monotonic() - began:.0f} s")
-    for line in page(f"{len(mutants)} mutants{' of torch implementations' * asked.quick}, seed {asked.seed}", told):
+    about = (
+        f"{len(mutants)} mutants{' of torch implementations' * asked.quick}, seed {asked.seed}, {asked.max_cases} cases"
+    )
+    for line in page(about, told):
         sys.stdout.write(line + "\n")
 
 
@@ -115,12 +122,16 @@ def page(hunted_for: str, told: dict[str, list[Told]]) -> Iterator[str]:
     """The page's lines."""
     yield "# What each check is for"
     yield ""
-    yield f"{hunted_for}; made by `python -P benchmarks/idle_checks.py`. One check, or one feature of"
-    yield "the cases, is switched off at a time, and the mutants are hunted again: those that live are what it alone is"
-    yield f"good for. The last column names those that need more than {SLOWER:g} times as many cases (with -> without)."
+    yield f"{hunted_for} at most; printed by `python -P benchmarks/idle_checks.py {' '.join(sys.argv[1:])}`."
+    yield "One check, or one feature of the cases, is switched off at a time, and the mutants are hunted again: those"
+    yield "that live are what it alone is good for. The last column names those that need more than"
+    yield f"{SLOWER:g} times as many cases (with -> without)."
     yield ""
     for kind, rows in told.items():
         yield from table(kind, rows) if rows else ()
+    yield "A second call with the same inputs is a replay that repeats a batch; sequences do that too, and rarely. So"
+    yield "without it nothing lives for good, and what adds to what it finds lives long."
+    yield ""
     yield "The invariants hold the oracle to account, and name findings (NV104); what they see of an implementation,"
     yield "the live cells see too. So their mutants are faulty oracles (`tests/core/test_invariants.py`), and each of"
     yield f"these catches one that no other does: {'; '.join(INVARIANTS)}."

@@ -253,6 +253,18 @@ def _steps(it: _Facts) -> Iterator[str]:
         yield "other"
 
 
+def _alias(it: _Facts) -> Iterator[str]:
+    """Whether ``cache_seqlens`` is ``seq_lens``, which is so in DECODE alone."""
+    yield "yes" if it.setup.aliased_seq_lens and any(view.mode is Mode.DECODE for view in it.views) else "no"
+
+
+def _ctx_lens(it: _Facts) -> Iterator[str]:
+    """Which ``paged_mqa_ctx_lens`` there is: a tensor of its own in TARGET_VERIFY alone, elsewhere a view."""
+    kind = it.setup.ctx_lens
+    own = kind is CtxLens.OWN and any(view.mode is Mode.TARGET_VERIFY for view in it.views)
+    yield CtxLens.VIEW if kind is CtxLens.OWN and not own else kind
+
+
 @dataclass(frozen=True)
 class Dimension:
     """A question about cases: its name, the possible answers in order, and the answers for one case."""
@@ -294,13 +306,13 @@ DIMENSIONS: Final = (
     Dimension("input", (*Layout, "tail"), _input),
     _of_setup("seq-lens", {"int32": "int32", "int64": "int64"}, lambda setup: setup.seq_lens_dtype),
     _of_setup("pool-indices", {"int64": "int64", "int32": "int32"}, lambda setup: setup.pool_index_dtype),
-    _of_setup("alias", _YES_NO, lambda setup: setup.aliased_seq_lens),
+    Dimension("alias", ("no", "yes"), _alias),
     _of_setup("host-lengths", {True: "given", False: "absent"}, lambda setup: setup.host_lengths),
     Dimension("strides", ("tight", "wide-pool", "wide-table", "per-step"), _strides),
     Dimension("steps", ("1", "2", "N-1", "N", "other"), _steps),
     _of_setup("draft-tokens", {1: "1", 2: "2", 3: "3-8"}, lambda setup: min(setup.num_draft_tokens, 3)),
     _of_setup("page-size", {False: "1", True: "16-128"}, lambda setup: setup.page_size > 1),
-    _of_setup("ctx-lens", {kind: str(kind) for kind in CtxLens}, lambda setup: setup.ctx_lens),
+    Dimension("ctx-lens", tuple(CtxLens), _ctx_lens),
     _of_setup("schedule", _YES_NO, lambda setup: setup.schedule),
 )
 LABELS: Final = tuple(label for dimension in DIMENSIONS for label in dimension.labels.values())
@@ -345,11 +357,18 @@ IMPOSSIBLE: Final = (
 )
 
 
+SEVERAL_ROWS: Final = _impossible(
+    "rows:1", "draft-tokens:2 draft-tokens:3-8 steps:N-1", "a request has N rows where each has as many"
+)
+"""What no case of TARGET_VERIFY and DRAFT_EXTEND_V2 alone has."""
+
 _NEEDS: Final[tuple[tuple[str, frozenset[Mode], int], ...]] = (
     *((f"mode:{mode}", frozenset({mode}), 1) for mode in Mode),
     ("accepts:", frozenset({Mode.DRAFT_EXTEND}), 1),
     ("padded-start:", frozenset({Mode.DRAFT_EXTEND, Mode.DRAFT_EXTEND_V2}), 1),
     ("rows:0", frozenset({Mode.DRAFT_EXTEND}), 1),
+    ("alias:yes", frozenset({Mode.DECODE}), 1),
+    ("ctx-lens:own", frozenset({Mode.TARGET_VERIFY}), 1),
     ("sequence:mode-switch", frozenset(Mode), 2),
 )
 """How many of which modes a run must draw for a label, or for a dimension."""
@@ -374,10 +393,10 @@ def pairs(labels: Iterable[Label]) -> Iterator[Pair]:
                 yield LABELS[first], LABELS[second]
 
 
-def reason_against(pair: Pair) -> str | None:
-    """Why no case has both labels, or None if one may."""
+def reason_against(pair: Pair, more: Iterable[Impossible] = ()) -> str | None:
+    """Why no case has both labels, or None if one may; ``more`` holds in some modes."""
     first, second = pair
-    for it in IMPOSSIBLE:
+    for it in (*IMPOSSIBLE, *more):
         if (first in it.some and second in it.others) or (second in it.some and first in it.others):
             return it.reason
     return None
@@ -394,7 +413,8 @@ def possible_labels(modes: Iterable[Mode] = tuple(Mode)) -> tuple[Label, ...]:
 @lru_cache
 def possible_pairs(modes: tuple[Mode, ...] = tuple(Mode)) -> tuple[Pair, ...]:
     """All pairs, in the order of ``pairs``, that cases in ``modes`` may have."""
-    return tuple(pair for pair in pairs(possible_labels(modes)) if reason_against(pair) is None)
+    against = [] if {Mode.DECODE, Mode.DRAFT_EXTEND} & set(modes) else [SEVERAL_ROWS]
+    return tuple(pair for pair in pairs(possible_labels(modes)) if reason_against(pair, against) is None)
 
 
 _OTHERS: Final = tuple(sum(1 << place for place, other in enumerate(_DIMENSION) if other != own) for own in _DIMENSION)

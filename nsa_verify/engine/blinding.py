@@ -45,6 +45,8 @@ def blinded(verdict: Verdict, without: tuple[str, ...]) -> Verdict:
         return verdict
     unseen = [CHECKS[name] for name in without]
     left = [it for it in verdict.findings if not any(check(it) for check in unseen)]
+    if len(left) == len(verdict.findings):
+        return verdict
     second = any(it.code is Code.NOT_IDEMPOTENT for it in verdict.findings)
     if (second and "second call" in without) or all(it.code in _NAMES_OF_CONTENT for it in left):
         left = []

@@ -31,7 +31,8 @@ HELLO: tuple[str, ...] = ("vectorized",)
 class Hunt(Struct, frozen=True, kw_only=True):
     """What mutants are hunted with: the same for all of them.
 
-    ``executors`` of () means all that the device has; ``without`` are features that no case has.
+    ``executors`` of () means all that the device has, which ``hunt_all`` asks for; ``without`` are features that no
+    case has.
     """
 
     seed: int = 0
@@ -60,6 +61,8 @@ class Kill(Struct, kw_only=True):
     size: tuple[int, int, int] | None = None
     disagreed: int = 0
     runs: int = 0
+    note: str = ""
+    """What was said of its shrink."""
     problem: str = ""
     """Why this is no kill as it should be; empty: it is one."""
 
@@ -79,7 +82,8 @@ class Hunted(Struct, kw_only=True):
     @property
     def killed(self) -> bool:
         """Whether every executor that should see it did, as it should, and nobody else was accused."""
-        return not self.problems and all(kill.cases and not kill.problem for kill in self.kills)
+        seen = bool(self.kills) and all(kill.cases and not kill.problem for kill in self.kills)
+        return seen and not self.problems and not self.interrupted
 
 
 def executors_of(mutant: Mutant, executors: Sequence[str]) -> tuple[str, ...]:
@@ -90,10 +94,12 @@ def executors_of(mutant: Mutant, executors: Sequence[str]) -> tuple[str, ...]:
 def hunt(mutant: Mutant, given: Hunt) -> Hunted:
     """Draw until every executor that should see ``mutant`` has, or ``max_cases`` were drawn; shrink what they saw.
 
-    Raises ``MutantError``, and what ``search`` raises.
+    Raises ``MutantError``, ``ValueError`` for a hunt without executors that should see it, and what ``search`` raises.
     """
     began = ready = time.perf_counter()
     executors = executors_of(mutant, given.executors)
+    if not executors:
+        raise ValueError(f"{mutant.name}: none of the executors {', '.join(given.executors) or '()'} can see it")
     plan = Plan(
         seed=given.seed,
         max_examples=given.max_cases,
@@ -126,11 +132,18 @@ def hunt(mutant: Mutant, given: Hunt) -> Hunted:
             _shrunk(kills[event.signature.executor], mutant, event)
         elif isinstance(event, RunFinished):
             found.cases, found.interrupted = event.cases, event.stop is StopReason.INTERRUPTED
-    for kill in found.kills:
-        if not kill.cases:
-            kill.problem = f"survived {found.cases} case{'s' * (found.cases != 1)}"
+    for kill in found.kills if not found.interrupted else ():
+        _asked(kill, mutant, found.cases, plan.shrink)
     found.seconds = time.perf_counter() - began
     return found
+
+
+def _asked(kill: Kill, mutant: Mutant, cases: int, shrink: bool) -> None:
+    """Note what is missing when all is done; a race need not come again, and so need not be shrunk."""
+    if not kill.cases:
+        kill.problem = f"survived {cases} case{'s' * (cases != 1)}"
+    elif shrink and kill.size is None and not kill.problem and Code.NOT_DETERMINISTIC not in mutant.codes:
+        kill.problem = f"was seen at case {kill.cases}, and not shrunk: {kill.note or 'nothing was said of it'}"
 
 
 def _seen(kill: Kill, mutant: Mutant, finding: Finding, number: int, seconds: float) -> None:
@@ -141,7 +154,10 @@ def _seen(kill: Kill, mutant: Mutant, finding: Finding, number: int, seconds: fl
 
 def _shrunk(kill: Kill, mutant: Mutant, event: Disagreement) -> None:
     """Note the minimal case of what was seen first; other signatures of the pair are left as they were drawn."""
-    if event.signature.code != kill.code or not event.probes:
+    if event.signature.code != kill.code:
+        return
+    kill.note = event.note
+    if not event.probes:
         return
     size = Size.of(event.case)
     kill.case, kill.size = event.case, (size.replays, size.rows, size.length)
@@ -153,7 +169,8 @@ def _shrunk(kill: Kill, mutant: Mutant, event: Disagreement) -> None:
 def hunt_all(mutants: Sequence[Mutant], given: Hunt, workers: int) -> Iterator[Hunted]:
     """``hunt`` each, several at a time; those that are done, in the order in which they are.
 
-    Raises what ``hunt`` raises, and what keeps the workers from starting. After Ctrl-C what is under way comes back as
+    Raises what ``hunt`` raises, and what keeps the workers from starting; a mutant that no longer fits its
+    implementation is told before any is hunted. After Ctrl-C what is under way comes back as
     far as it got, no more is begun, and a ``KeyboardInterrupt`` is the end.
     """
     with Crew(workers, given.device) as crew:
@@ -161,6 +178,8 @@ def hunt_all(mutants: Sequence[Mutant], given: Hunt, workers: int) -> Iterator[H
         chosen = given.executors or said.executors
         given = replace(given, executors=chosen)
         waiting = [it for it in mutants if executors_of(it, chosen) and (said.device == "cuda" or not it.needs_gpu)]
+        for mutant in waiting:
+            mutant.text()
         running: set[Promise[Hunted]] = set()
         while True:
             while waiting and len(running) < crew.workers and not crew.interrupted:

@@ -90,6 +90,14 @@ def _without_a_request(case: Case) -> Iterator[Callable[[], Case]]:
             yield partial(replace, fewer)
 
 
+def _first_requests(case: Case) -> Iterator[Callable[[], Case]]:
+    """The first requests of a batch only: one more than a power of two, where kernels begin another block."""
+    for at, replay in enumerate(case.replays):
+        for count in _below(len(replay.requests), 1, (17, 33, 65)):
+            fewer = _with_replay(case, at, replace(replay, requests=replay.requests[:count]))
+            yield partial(_fitted, fewer)
+
+
 def _fitted(case: Case) -> Case:
     """With the buckets that the batches fill."""
     filled = tuple(sorted({max(1, len(replay.requests)) for replay in case.replays}))
@@ -169,9 +177,9 @@ def _narrowed(case: Case, **numbers: int) -> Case:
     return Case(setup, replays)
 
 
-def _below(value: int, least: int) -> list[int]:
+def _below(value: int, least: int, more: tuple[int, ...] = ()) -> list[int]:
     """Smaller numbers to try, the smallest first."""
-    return sorted({it for it in (least, least + 1, value // 2, value - 1) if least <= it < value})
+    return sorted({it for it in (least, least + 1, *more, value // 2, value - 1) if least <= it < value})
 
 
 def _plainer_replay(case: Case) -> Iterator[Callable[[], Case]]:
@@ -240,6 +248,6 @@ def _request_for_padding(case: Case) -> Iterator[Callable[[], Case]]:
 
 
 STEPS: Final[tuple[Step, ...]] = (
-    *(_without_a_replay, _without_a_request, _other_buckets, _plainer_setup, _plainer_replay),
+    *(_without_a_replay, _first_requests, _without_a_request, _other_buckets, _plainer_setup, _plainer_replay),
     *(_boundary_and_lengths, _smaller_numbers, _smaller_requests, _request_for_padding),
 )

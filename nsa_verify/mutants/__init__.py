@@ -10,6 +10,15 @@ from nsa_verify.mutants.sequences import SEQUENCES
 from nsa_verify.mutants.triton import TRITON
 from nsa_verify.mutants.values import VALUES
 
-CATALOGUE: Final[dict[str, Mutant]] = {it.name: it for it in (*VALUES, *SEQUENCES, *CAPTURE, *TRITON)}
+
+def _by_name(*mutants: Mutant) -> dict[str, Mutant]:
+    found: dict[str, Mutant] = {}
+    for it in mutants:
+        if found.setdefault(it.name, it) is not it:
+            raise MutantError(f"two mutants are called {it.name}: give one of them another name")
+    return found
+
+
+CATALOGUE: Final = _by_name(*VALUES, *SEQUENCES, *CAPTURE, *TRITON)
 
 __all__ = ["BOTH", "CATALOGUE", "EAGER", "GRAPH", "Mutant", "MutantError", "Size"]

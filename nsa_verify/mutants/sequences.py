@@ -160,24 +160,43 @@ SEQUENCES: Final[tuple[Mutant, ...]] = (
         size=Size(replays=2, length=2),
     ),
     Mutant(
-        name="every-third-call",
-        kind="wrong in every third call",
-        trigger="three calls",
-        module="python_loop",
+        name="every-third-replay",
+        kind="wrong on every third replay only",
+        trigger="a graph that is replayed until its counter reaches a multiple of 3",
+        module="vectorized",
         changes={
-            "from torch import Tensor\n": "from torch import Tensor\n\n_spare: list[Tensor] = []\n",
-            "    step.nsa_cache_seqlens[:rows].copy_(expanded.clamp(max=setup.index_topk))\n": (
-                "    _spare.append(expanded.clamp(max=setup.index_topk))\n"
-                "    if len(_spare) == 3:\n"
-                "        step.nsa_cache_seqlens[:rows].copy_(_spare[0][:rows])\n"
-                "        _spare.clear()\n"
-                "    else:\n"
-                "        step.nsa_cache_seqlens[:rows].copy_(_spare[-1])\n"
+            "from torch import Tensor\n": "from torch import Tensor\n\n_turns: dict[torch.device, Tensor] = {}\n",
+            _STEPS: (
+                "    device = inputs.seq_lens.device\n"
+                "    if device not in _turns:\n"
+                "        _turns[device] = torch.zeros((), dtype=torch.int64, device=device)\n"
+                "    turn = _turns[device].add_(1)\n"
+                f"{_STEPS}"
+                "        step.cache_seqlens.add_(turn % 3 == 0)\n"
             ),
         },
-        codes=(Code.NOT_DETERMINISTIC, Code.NOT_IDEMPOTENT),
-        seen_by=(EAGER,),
-        size=Size(replays=3, rows=4),
+        codes=(
+            Code.WRONG_VALUE,
+            Code.NOT_IDEMPOTENT,
+            Code.NOT_DETERMINISTIC,
+        ),  # the graph may have been replayed before
+        seen_by=(GRAPH,),
+        size=Size(replays=3),
+    ),
+    Mutant(
+        name="same-batch-added-twice",
+        kind="a step taken for the next one since its batch is the same",
+        trigger="the same batch twice",
+        module="vectorized",
+        changes={
+            "    step.page_table_1[:rows].copy_(page_table)\n": (
+                "    again = (step.page_table_1[:rows] == page_table).all() & (page_table != 0).any()\n"
+                "    step.page_table_1[:rows].copy_(page_table)\n"
+                "    step.cu_seqlens_k[1:] += again\n"
+            ),
+        },
+        codes=(Code.NOT_IDEMPOTENT, Code.STALE, Code.WRONG_VALUE, Code.INVARIANT),
+        size=Size(replays=2, length=2),
     ),
     Mutant(
         name="last-step-not-written",

@@ -27,7 +27,16 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
         module="precomputed_batched_copy",
         changes={_COPIED_ROW: "    row = tl.arange(0, LANES).to(tl.int64)\n"},
         codes=(Code.POISON, Code.INVARIANT),
-        size=Size(replays=1, rows=33, length=1),
+        size=Size(replays=1, rows=40, length=1),  # rows come in groups of N
+    ),
+    Mutant(
+        name="blocks-past-the-axis",
+        kind="more rows than an axis of the grid has programs",
+        trigger="more expanded rows than two blocks of 32, which stand for the 65,535 of an axis",
+        module="precomputed_batched_copy",
+        changes={"tl.program_id(0).to(tl.int64)\n    turn": "tl.program_id(0).to(tl.int64) & 1\n    turn"},
+        codes=(Code.POISON, Code.INVARIANT),
+        size=Size(replays=1, rows=72, length=1),  # rows come in groups of N
     ),
     Mutant(
         name="tile-offset-missing",
@@ -49,7 +58,7 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
         module="precomputed_batched_copy",
         changes={_COPY_GRID: "    _copy_everywhere[(max(rows // _LANES, 1), _programs(setup))](\n"},
         codes=(Code.POISON, Code.INVARIANT),
-        size=Size(replays=1, rows=129, length=1),
+        size=Size(replays=1, rows=40, length=1),  # rows come in groups of N
     ),
     Mutant(
         name="sum-restarts-at-a-block",
@@ -128,7 +137,7 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
                 "        reach = tl.minimum(kv_len, pages << page_shift) * counted\n"
             )
         },
-        codes=(Code.FRAME_WRITTEN, Code.GUARD_WRITTEN, Code.WRONG_VALUE),
+        codes=(Code.FRAME_WRITTEN, Code.GUARD_WRITTEN, Code.WRONG_VALUE, Code.NOT_DETERMINISTIC),
         size=Size(replays=1, rows=1, length=2),
     ),
     Mutant(

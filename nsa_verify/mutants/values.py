@@ -460,6 +460,6 @@ VALUES: Final[tuple[Mutant, ...]] = (
         module="vectorized",
         changes={_SEQ_LENS: "    seq_lens = inputs.seq_lens[: inputs.batch_size].to(torch.int16)\n"},
         codes=(Code.INVARIANT, Code.WRONG_VALUE),
-        size=Size(length=65_536),
+        size=Size(length=65_536),  # from there on a length may be wrong and not negative
     ),
 )

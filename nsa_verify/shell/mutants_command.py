@@ -23,11 +23,15 @@ from nsa_verify.shell.options import ExitCode, Unable
 from nsa_verify.shell.render import columns, counted, json_text
 from nsa_verify.shell.reporter import console, say
 
+UNSEEN = "no mutant was hunted: none of those asked for can be seen here; see nsa-verify mutants --list"
 ONLY = click.option("--only", multiple=True, metavar="NAME", help="Hunt this mutant only; may be repeated.")
 
 
 class Summary(Struct, kw_only=True):
-    """The kill matrix in numbers; cases and seconds are those to the kill, of all executors together."""
+    """The kill matrix in numbers; cases and seconds are those to the kill, of all executors together.
+
+    What was interrupted is neither killed nor a survivor, and not among ``mutants``.
+    """
 
     mutants: int
     killed: int
@@ -73,12 +77,12 @@ def mutants(
     out = console(no_color)
     chosen = _chosen(only)
     if listed:
-        for line in _catalogue_lines(chosen):
+        for line in _catalogue_lines(chosen, as_json):
             say(out, line)
         return
     count = opt.worker_count(workers, device, False, len(chosen))
     found: list[Hunted] = []
-    interrupted = False
+    interrupted, failed = False, None
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="nsa-verify-mutants-") as folder:
         given = Hunt(
@@ -97,15 +101,31 @@ def mutants(
                     say(out, _progress_line(it, len(found), len(chosen)), None if it.killed else "bold red")
         except KeyboardInterrupt:
             interrupted = True
+        except Unable as error:  # what was hunted until then is told all the same
+            failed = error
     summary = _summary(chosen, found, given, time.perf_counter() - began, interrupted)
+    _end(out, chosen, found, summary, failed, as_json)
+
+
+def _end(
+    out: Console,
+    chosen: Sequence[Mutant],
+    found: Sequence[Hunted],
+    summary: Summary,
+    failed: Unable | None,
+    as_json: bool,
+) -> None:
+    """Tell what was hunted, and exit; what kept the rest from being hunted is told last."""
+    if not found and not summary.interrupted:
+        raise failed or Unable(UNSEEN)
     if as_json:
         say(out, json_text({"summary": summary, "mutants": [_document(it) for it in found], "version": __version__}))
     else:
         _print(out, chosen, found, summary)
     if summary.interrupted:
         raise SystemExit(ExitCode.INTERRUPTED)
-    if not found:
-        raise Unable("no mutant was hunted: none of those asked for can be seen here; see nsa-verify mutants --list")
+    if failed:
+        raise failed
     if summary.survivors:
         raise SystemExit(ExitCode.DISAGREE)
 
@@ -131,7 +151,10 @@ def _progress_line(it: Hunted, done: int, planned: int) -> str:
     return f"{done:3d} of {planned}  {verdict}  {it.name} ({it.seconds:.1f} s)"
 
 
-def _catalogue_lines(chosen: Sequence[Mutant]) -> Iterator[str]:
+def _catalogue_lines(chosen: Sequence[Mutant], as_json: bool) -> Iterator[str]:
+    if as_json:
+        yield json_text({"mutants": [_declared(it) for it in chosen], "version": __version__})
+        return
     rows = [("mutant", "made of", "class", "seen by", "codes", "size", "trigger")]
     for it in chosen:
         seen = ", ".join(it.seen_by) + (" on a GPU" if it.needs_gpu else "") if it.seen_by else "nobody"
@@ -144,10 +167,11 @@ def _summary(
 ) -> Summary:
     hunted = {it.name for it in found}
     cases = [kill.cases for it in found for kill in it.kills if kill.cases]
+    done = [it for it in found if not it.interrupted]
     return Summary(
-        mutants=len(found),
-        killed=sum(it.killed for it in found),
-        survivors=[it.name for it in found if not it.killed],
+        mutants=len(done),
+        killed=sum(it.killed for it in done),
+        survivors=[it.name for it in done if not it.killed],
         unseen=[it.name for it in chosen if it.name not in hunted] if not interrupted else [],
         seconds=seconds,
         median_cases=median(cases) if cases else 0.0,
@@ -159,9 +183,20 @@ def _summary(
 
 
 def _document(it: Hunted) -> dict[str, object]:
-    mutant = CATALOGUE[it.name]
-    declared = {"kind": mutant.kind, "trigger": mutant.trigger, "made_of": mutant.original, "codes": mutant.codes}
-    return {"hunted": it, "killed": it.killed, "declared": declared | {"size": str(mutant.size)}}
+    return {"hunted": it, "killed": it.killed, "declared": _declared(CATALOGUE[it.name])}
+
+
+def _declared(mutant: Mutant) -> dict[str, object]:
+    return {
+        "name": mutant.name,
+        "made_of": mutant.original,
+        "kind": mutant.kind,
+        "trigger": mutant.trigger,
+        "codes": mutant.codes,
+        "seen_by": mutant.seen_by,
+        "needs_gpu": mutant.needs_gpu,
+        "size": (mutant.size.replays, mutant.size.rows, mutant.size.length),
+    }
 
 
 def _print(out: Console, chosen: Sequence[Mutant], found: Sequence[Hunted], summary: Summary) -> None:
@@ -188,7 +223,7 @@ def _matrix(found: Sequence[Hunted]) -> Iterator[tuple[str, ...]]:
     for it in found:
         kills = {kill.executor: kill for kill in it.kills}
         mutant = CATALOGUE[it.name]
-        cells = [_cell(kills[executor]) if executor in kills else _unasked(mutant, executor) for executor in executors]
+        cells = [_cell(kills[name], it.interrupted) if name in kills else _unasked(mutant, name) for name in executors]
         yield (it.name, mutant.kind, *cells)
 
 
@@ -196,8 +231,8 @@ def _unasked(mutant: Mutant, executor: str) -> str:
     return "cannot see it" if not executors_of(mutant, [executor]) else ""
 
 
-def _cell(kill: Kill) -> str:
+def _cell(kill: Kill, interrupted: bool) -> str:
     if not kill.cases:
-        return "SURVIVED"
+        return "interrupted" if interrupted else "SURVIVED"
     size = f"  {Size(*kill.size)}" if kill.size is not None else ""
     return f"{kill.code}  case {kill.cases}, {kill.seconds:.1f} s{size}{'  !' if kill.problem else ''}"

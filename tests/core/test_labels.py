@@ -16,6 +16,7 @@ from nsa_verify.core.labels import (
     IMPOSSIBLE,
     LABELS,
     Coverage,
+    Novelty,
     labels_of,
     pairs,
     possible_labels,
@@ -63,6 +64,7 @@ WIDE = Setup(
 )
 ONE = Setup(index_topk=8, table_width=300, pool_width=310)
 LONG = Setup(num_draft_tokens=2, table_width=16, pool_width=70_000, buckets=(2,))
+ALIASED, OWN = Setup(aliased_seq_lens=True), Setup(ctx_lens=CtxLens.OWN)
 FILL_0 = Setup(num_draft_tokens=2, fill_seq_len=0, buckets=(2,))
 FILL_1 = Setup(num_draft_tokens=2, fill_seq_len=1, buckets=(2,))
 BY_HAND = [
@@ -106,6 +108,13 @@ BY_HAND = [
     ("bits", of(LONG, batch(16_000, 16_768)), "16"),
     ("bits", of(LONG, batch(32_767, 32_769)), "sum-17"),
     ("bits", of(LONG, batch(65_534, mode=VERIFY)), "length-17"),
+    ("bits", of(LONG, batch(32_766)), "15"),
+    ("bits", of(LONG, batch(32_767)), "16"),
+    ("bits", of(LONG, batch(32_763, mode=VERIFY)), "16"),
+    ("alias", of(ALIASED, batch(5, mode=VERIFY)), "no"),
+    ("alias", of(ALIASED, batch(5, mode=VERIFY), batch(5)), "yes"),
+    ("ctx-lens", of(OWN, batch(5)), "view"),
+    ("ctx-lens", of(OWN, batch(5), batch(5, mode=VERIFY)), "own"),
     ("sequence", of(WIDE), "one"),
     ("sequence", of(WIDE, batch(5), batch(5, 6)), "same-graph"),
     ("sequence", of(WIDE, batch(5), batch(5, mode=VERIFY), batch(5, 5, 5, mode=VERIFY)), "mode-switch bucket-switch"),
@@ -126,7 +135,6 @@ BY_HAND = [
     ("steps", of(Setup(num_draft_tokens=8, num_steps=1)), "1"),
     ("steps", of(Setup(num_draft_tokens=4, num_steps=5)), "other"),
     ("draft-tokens", of(Setup(num_draft_tokens=8)), "3-8"),
-    ("ctx-lens", of(Setup(ctx_lens=CtxLens.OWN)), "own"),
 ]
 
 
@@ -205,6 +213,26 @@ def test_what_cannot_be_has_a_reason() -> None:
     assert every - set(possible_pairs()) == {pair for pair in every if reason_against(pair)}
     assert reason_against(("alias:yes", "seq-lens:int64")) == reason_against(("seq-lens:int64", "alias:yes"))
     assert len(every) - len(possible_pairs()) < 20
+
+
+def test_a_mode_alone_cannot_be_what_another_is() -> None:
+    uniform, every = possible_pairs((UNIFORM, VERIFY)), possible_pairs()
+    for pair in (("rows:1", "draft-tokens:3-8"), ("rows:1", "steps:N-1")):
+        assert pair in every
+        assert pair not in uniform
+        assert pair in possible_pairs((VERIFY, Mode.DECODE))
+    assert ("rows:1", "draft-tokens:1") in uniform
+    assert "alias:yes" not in possible_labels((VERIFY,))
+    assert "ctx-lens:own" not in possible_labels((Mode.DECODE,))
+
+
+def test_novelty_counts_the_pairs_that_were_not_met() -> None:
+    novelty = Novelty()
+    first, second = drawn()[:2]
+    assert novelty.of(first) == len(set(pairs(labels_of(first)))) > 100
+    novelty.add(first)
+    assert novelty.of(first) == 0
+    assert novelty.of(second) == len(set(pairs(labels_of(second))) - set(pairs(labels_of(first))))
 
 
 def test_no_case_has_what_cannot_be(random_case: Callable[[Random], Case]) -> None:

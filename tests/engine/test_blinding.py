@@ -20,6 +20,7 @@ def _verdict(*findings: Finding) -> Verdict:
 
 LIVE, SLACK = _finding(Code.POISON, "live"), _finding(Code.WRONG_VALUE, "slack")
 GUARD, SECOND, FROZEN = _finding(Code.GUARD_WRITTEN), _finding(Code.NOT_IDEMPOTENT), _finding(Code.FROZEN)
+RACE = _finding(Code.NOT_DETERMINISTIC)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,9 @@ GUARD, SECOND, FROZEN = _finding(Code.GUARD_WRITTEN), _finding(Code.NOT_IDEMPOTE
         ((SECOND, LIVE), ("second call",), ()),
         ((SECOND, LIVE), ("guard zones",), (SECOND, LIVE)),
         ((), ("live cells",), ()),
+        ((RACE,), ("guard zones",), (RACE,)),
+        ((RACE, LIVE), ("guard zones",), (RACE, LIVE)),
+        ((RACE, LIVE), ("live cells",), ()),
     ],
 )
 def test_blinded(findings: tuple[Finding, ...], without: tuple[str, ...], left: tuple[Finding, ...]) -> None:

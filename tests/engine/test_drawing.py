@@ -17,6 +17,8 @@ from hypothesis.internal.conjecture.data import ConjectureData
 from hypothesis.internal.conjecture.providers import HypothesisProvider
 
 from nsa_verify import Case, Mode, Replay, Request, Setup
+from nsa_verify.core.labels import labels_of, pairs
+from nsa_verify.engine import drawing
 from nsa_verify.engine.drawing import SeededProvider, draw_round, shrink_round
 from nsa_verify.engine.plan import FIRST_SEASON, ROUND_CASES, Plan
 
@@ -59,6 +61,15 @@ def shrunk(plan: Plan, index: int, shows: Callable[[Case], bool]) -> Case:
 def a_season(predicate: Callable[[Setup], bool], start: int = FIRST_SEASON) -> int:
     """The first season round whose Setup is like this."""
     return next(index for index in range(start, 2000) if predicate(drawn(LONG, index)[0].setup))
+
+
+def test_cases_with_pairs_of_labels_that_are_new_are_favoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pairs_met() -> int:
+        return len({pair for index in range(8) for case in drawn(PLAN, index) for pair in pairs(labels_of(case))})
+
+    favoured = pairs_met()
+    monkeypatch.setattr(drawing, "CANDIDATES", 1)
+    assert favoured > 1.02 * pairs_met()
 
 
 PROGRAM = """

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 from shell.commands import registry_of_its_own, written
 
 from nsa_verify import Case, Mode, Outcome, Replay, Request, Setup
+from nsa_verify.core.findings import Code, Finding, Signature
 from nsa_verify.core.registry import ImplementationError
 from nsa_verify.engine import search as module
 from nsa_verify.engine import searcher
@@ -190,3 +192,42 @@ def test_reasons_are_those_of_the_mode(plan: Plan) -> None:
     result = searcher.judge_again(plan, case)
     assert result.matrix.cells["short-top-k", "eager", Mode.DECODE].cases == 1
     assert result.matrix.cells["short-top-k", "eager", Mode.TARGET_VERIFY].reasons == {"mode not declared": 1}
+
+
+def test_the_last_steps_of_a_shrink_are_those_on_the_case_itself(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[tuple[Case, bool]] = []
+
+    def noted(case: Case, shows: Callable[[Case], bool], most: int) -> Case:
+        assert most == searcher.SIMPLIFYING_PROBES
+        larger = Case(replace(case.setup, num_steps=case.setup.num_steps + 1), case.replays)
+        ends.append((larger, shows(larger)))
+        return larger
+
+    monkeypatch.setattr(searcher, "simplified", noted)
+    found = [it for it in search(plan, lambda it: it, "", {}) if isinstance(it, Disagreement)]
+    assert ends
+    assert {it.case for it in found} == {case for case, shown in ends if shown}
+
+
+def test_what_is_hunted_is_shrunk_from_what_each_pair_showed_first() -> None:
+    case = Case(Setup(), (Replay(Mode.DECODE, (Request(1),)),))
+
+    def seen(code: Code, executor: str, index: int) -> tuple[Signature, Seen]:
+        at = Signature("it", executor, code)
+        finding = Finding(implementation="it", executor=executor, code=code, replay=0, mode=Mode.DECODE)
+        return at, Seen(at, finding, case, index)
+
+    first: dict[Signature, tuple[int, Seen]] = {}
+    for code, executor, turn, index in (
+        (Code.WRONG_VALUE, "eager", 1, 0),
+        (Code.POISON, "eager", 0, 7),
+        (Code.STALE, "eager", 0, 3),
+        (Code.STALE, "graph", 4, 0),
+    ):
+        at, it = seen(code, executor, index)
+        first[at] = (turn, it)
+    state = module._State(first=first)
+    both = [Signature("it", "eager", Code.STALE), Signature("it", "graph", Code.STALE)]
+    assert module._to_shrink(Plan(until=(("it", "eager"),)), state) == sorted(both)
+    assert module._to_shrink(Plan(), state) == sorted(first)
+    assert module._to_shrink(Plan(shrink=False), state) == []

@@ -101,7 +101,9 @@ def test_steps_only_lead_to_smaller_cases_that_show(shows: Shows, seed: int) -> 
 
     found = simplified(case, asked, 300)
     assert shows(found)
-    assert found == case or measure(found) < measure(case)
+    taken = [case, *(it for it in probes if shows(it))]
+    assert found == taken[-1]
+    assert all(measure(after) < measure(before) for before, after in pairwise(taken))
     assert len(probes) == len(set(probes)) <= 300
     for index, replay in enumerate(found.replays):
         assert all(it.seq_len >= shortest(found.setup, replay.mode, it.accept_len) for it in replay.requests)

@@ -16,12 +16,23 @@ from msgspec.structs import replace
 
 from nsa_verify import Case, Code, Replay, Request, Setup
 from nsa_verify.core.case import Mode
-from nsa_verify.engine.events import Disagreement
+from nsa_verify.core.findings import Finding, Signature
+from nsa_verify.engine import mutation
+from nsa_verify.engine.events import (
+    CheckFailed,
+    Disagreement,
+    DisagreementSeen,
+    Matrix,
+    Reliability,
+    RunFinished,
+    StopReason,
+    Tally,
+)
 from nsa_verify.engine.mutation import Hunt, Hunted, executors_of, hunt, hunt_all
 from nsa_verify.engine.plan import EAGER, ROUND_CASES, Plan
 from nsa_verify.engine.search import search
 from nsa_verify.kernels import BUILTIN_MODULES
-from nsa_verify.mutants import CATALOGUE, Mutant, MutantError, Size
+from nsa_verify.mutants import CATALOGUE, Mutant, MutantError, Size, _by_name
 
 GRAPH = "simulated-graph" if NO_GPU else "graph"
 EXECUTORS = (EAGER, GRAPH)
@@ -61,7 +72,7 @@ def test_killed(mutant: Mutant, seed: int, tmp_path: Path) -> None:
         assert not kill.problem
         assert 0 < kill.cases <= 500
         assert kill.code in mutant.codes
-        if Code.HANG not in mutant.codes and kill.runs:
+        if not {Code.HANG, Code.NOT_DETERMINISTIC} & {*mutant.codes}:
             assert kill.case is not None
             assert Size.of(kill.case).fits(mutant.size)
 
@@ -80,6 +91,94 @@ def test_what_is_seen_otherwise_than_declared_is_no_kill(tmp_path: Path) -> None
     small = dataclasses.replace(mutant, name="small", size=Size(length=0))
     (kill, _) = hunted(small, tmp_path).kills
     assert kill.problem == "its minimal case is 1 x 1 x 1, and should be at most 1 x 1 x 0"
+
+
+EASY = CATALOGUE["page-column-off-by-one"]
+
+
+def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *events: object) -> Hunted:
+    """What a hunt for ``EASY`` makes of a search that says ``events``."""
+    monkeypatch.setattr(mutation, "search", lambda *_: iter(events))
+    return hunted(EASY, tmp_path, executors=(EAGER,))
+
+
+def signature(name: str = EASY.copy_name, executor: str = EAGER) -> Signature:
+    return Signature(implementation=name, executor=executor, code=Code.WRONG_VALUE)
+
+
+CASE = Case(Setup(), (Replay(Mode.DECODE, (Request(1),)),))
+FINDING = Finding(
+    implementation=EASY.copy_name, executor=EAGER, code=Code.WRONG_VALUE, replay=0, mode=Mode.DECODE, message="wrong"
+)
+SEEN = DisagreementSeen(signature(), FINDING, 4)
+MINIMAL = Disagreement(
+    signature=signature(),
+    case=CASE,
+    finding=FINDING,
+    reliability=Reliability(5, 5),
+    shrunk=True,
+    probes=9,
+)
+AS_DRAWN = replace(MINIMAL, shrunk=False, probes=0, note="its round, run again, agreed")
+
+
+@pytest.mark.parametrize(
+    ("events", "problems", "killed"),
+    [
+        ((SEEN, MINIMAL), [""], True),
+        ((), ["survived 0 cases"], False),
+        ((SEEN, AS_DRAWN), ["was seen at case 4, and not shrunk: its round, run again, agreed"], False),
+        ((SEEN,), ["was seen at case 4, and not shrunk: nothing was said of it"], False),
+        ((SEEN, MINIMAL, DisagreementSeen(signature("vectorized"), FINDING, 5)), [""], False),
+        ((SEEN, MINIMAL, CheckFailed("vectorized", EAGER, "it broke", CASE)), [""], False),
+    ],
+    ids=["killed", "nothing", "as drawn", "not shrunk", "another accused", "check failed"],
+)
+def test_what_a_hunt_makes_of_a_search(
+    events: tuple[object, ...], problems: list[str], killed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = told(monkeypatch, tmp_path, *events)
+    assert [kill.problem for kill in found.kills] == problems
+    assert found.killed is killed
+    assert bool(found.problems) is (problems == [""] and not killed)
+
+
+def test_an_interrupted_hunt_is_neither_killed_nor_survived(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    end = RunFinished(Matrix(), Tally(), 5, 1.0, StopReason.INTERRUPTED, (), "")
+    for events in ((end,), (SEEN, end)):
+        found = told(monkeypatch, tmp_path, *events)
+        assert found.interrupted
+        assert not found.killed
+        assert not any(kill.problem for kill in found.kills)
+
+
+def test_without_a_gpu_its_mutants_are_not_hunted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def noted(mutant: Mutant, _: Hunt) -> Hunted:
+        asked.append(mutant.name)
+        return Hunted(name=mutant.name, kills=[])
+
+    monkeypatch.setattr(mutation, "hunt", noted)
+    both = [dataclasses.replace(EASY, name="gpu", needs_gpu=True), EASY]
+    list(hunt_all(both, Hunt(folder=str(tmp_path), device="cpu"), 1))
+    assert asked == [EASY.name]
+
+
+def test_a_mutant_that_does_not_fit_is_told_before_any_is_hunted(tmp_path: Path) -> None:
+    lost = dataclasses.replace(HARMLESS, name="lost", changes={"no such text": ""})
+    with pytest.raises(MutantError, match=r"^lost: "):
+        next(hunt_all([EASY, lost], Hunt(folder=str(tmp_path), device="cpu"), 1))
+
+
+def test_a_hunt_with_nobody_to_see_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none of the executors"):
+        hunt(EASY, Hunt(folder=str(tmp_path)))
+
+
+def test_names_are_taken_once() -> None:
+    with pytest.raises(MutantError, match="two mutants are called page-column-off-by-one"):
+        _by_name(EASY, HARMLESS, dataclasses.replace(EASY, trigger="another"))
 
 
 def test_no_more_is_drawn_than_is_needed(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from shell.commands import graph_executor, invoke, refused
 
 from nsa_verify.engine import mutation
-from nsa_verify.engine.mutation import Hunt, Hunted
+from nsa_verify.engine.mutation import Hunt, Hunted, Kill
+from nsa_verify.engine.process import EngineError
 from nsa_verify.mutants import CATALOGUE, Mutant
 
 EASY, EAGER_ONLY = "page-column-off-by-one", "no-clamp-at-0"
@@ -61,13 +62,40 @@ def test_what_nobody_can_see_is_no_kill() -> None:
 def test_ctrl_c_is_told_and_nothing_is_said_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(mutant: Mutant, _: Hunt) -> Hunted:
         signal.raise_signal(signal.SIGINT)
-        return Hunted(name=mutant.name, kills=[])
+        return Hunted(name=mutant.name, kills=[Kill(executor="eager")], interrupted=True)
 
     monkeypatch.setattr(mutation, "hunt", interrupted)
     done = invoke("mutants", "--only", EASY, "--only", EAGER_ONLY, "-w", 1)
     assert done.exit_code == 130
     assert "not hunted" not in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("1 of 1 mutant killed in ")
+    assert "SURVIVED" not in done.stdout
+    assert f"  1 of 2  interrupted  {EAGER_ONLY} (" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("0 of 0 mutants killed in ")
+    told = json.loads(invoke("mutants", "--only", EASY, "-w", 1, "--json").stdout)
+    assert (told["summary"]["mutants"], told["summary"]["survivors"], told["summary"]["interrupted"]) == (0, [], True)
+
+
+def test_what_was_hunted_is_told_before_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hunted(mutant: Mutant, _: Hunt) -> Hunted:
+        if mutant.name == EASY:
+            raise EngineError("the worker cannot be started")
+        return Hunted(name=mutant.name, kills=[Kill(executor="eager", cases=3, code="NV101", problem="too large")])
+
+    monkeypatch.setattr(mutation, "hunt", hunted)
+    arguments = ("mutants", "--only", EASY, "--only", EAGER_ONLY, "-w", 1)
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert "NV101  case 3, 0.0 s  !" in done.stdout
+    assert f"{EAGER_ONLY} [eager] too large" in done.stdout
+    assert "the worker cannot be started" in done.stderr
+    assert json.loads(invoke(*arguments, "--json").stdout)["summary"]["survivors"] == [EAGER_ONLY]
+
+
+def test_the_list_as_a_document() -> None:
+    told = json.loads(invoke("mutants", "--list", "--only", EASY, "--json").stdout)
+    assert [it["name"] for it in told["mutants"]] == [EASY]
+    assert told["mutants"][0]["size"] == [1, 1, 1]
+    assert told["mutants"][0]["seen_by"] == ["eager", "graph"]
 
 
 def test_the_list_names_every_mutant() -> None:
