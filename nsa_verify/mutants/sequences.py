@@ -56,7 +56,7 @@ SEQUENCES: Final[tuple[Mutant, ...]] = (
             ),
         },
         codes=(Code.STALE, Code.POISON),
-        size=Size(replays=2, rows=2, length=2),
+        size=Size(replays=2, rows=2, length=4),
     ),
     Mutant(
         name="padding-of-one-field",

@@ -138,7 +138,7 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
             )
         },
         codes=(Code.FRAME_WRITTEN, Code.GUARD_WRITTEN, Code.WRONG_VALUE, Code.NOT_DETERMINISTIC),
-        size=Size(replays=1, rows=1, length=2),
+        size=Size(replays=1, rows=2, length=2),
     ),
     Mutant(
         name="ceiling-by-negation",

@@ -450,7 +450,7 @@ VALUES: Final[tuple[Mutant, ...]] = (
                 "(inputs.seq_lens[:batch_size].contiguous().view(torch.int32)[:batch_size] + added)"
             )
         },
-        codes=(Code.WRONG_VALUE, Code.EXCEPTION),
+        codes=(Code.POISON, Code.WRONG_VALUE, Code.EXCEPTION),
         size=Size(rows=2),
     ),
     Mutant(
