@@ -29,7 +29,7 @@ SLOWER = 3.0
 PATIENCE = 20
 """Without something, a mutant may take so many times the cases that it took with everything, and at least ``LEAST``."""
 LEAST = 60
-INTERPRETED = ("triton_fused", "triton_inplace", "precomputed_batched_copy")
+INTERPRETED = ("triton_fused", "triton_inplace", "precomputed_batched_copy", "onepass")
 
 
 class Told(NamedTuple):

@@ -108,14 +108,14 @@ def has_room(setup: Setup, mode: Mode) -> bool:
 
 
 def draw_empty(data: ConjectureData, setup: Setup, swarm: Swarm, limits: Limits, bucket: int | None) -> bool:
-    """Draw whether a batch is empty: one of ten, and half of them where there are many rows.
+    """Draw whether a batch is empty: one of ten, a third where the fill is 0, half of them where there are many rows.
 
-    There only padded rows have length 0. No draw where it cannot be: the smallest bucket serves an empty batch.
+    Only there all lengths are 0, or, of many rows, any. No draw where it cannot be: the smallest bucket serves it.
     """
     if not {Feature.PADDING, Feature.EMPTY_BATCHES} <= swarm.features or bucket not in (None, setup.buckets[0]):
         return False
     many = setup.buckets[0] * setup.num_draft_tokens > limits.rows
-    return between(data, 8 if many else 0, 9) == 9
+    return between(data, 8 if many else 7 if setup.fill_seq_len == 0 else 0, 9) == 9
 
 
 def _sizes(

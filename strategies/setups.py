@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from hypothesis import strategies as st
 from hypothesis.internal.conjecture.data import ConjectureData
@@ -22,11 +22,11 @@ _MANY_ROWS = (32, 128, 129, 129, 129, 31, 31, 32, 32, 32, 33)
 """Expanded rows that fill warps or blocks: exactly, less one, or by one more."""
 _BLOCKS = (257, 513, 1025)
 """More rows than further blocks, where the limits allow as many."""
-_LONG_WIDTHS = (1 << 15, 1 << 16, 1 << 16)
+_LONG_WIDTHS = (1 << 15, 1 << 15, 1 << 16, 1 << 16)
 """Past these a length does not fit 15, or 16, bits."""
 _NARROW = (0, 65, 16, 33, 24, 129, 17)
 """Columns of the page table of a long context, at most."""
-_LONG_IN = 14
+_LONG_IN = 11
 """Of so many setups one has a long context."""
 _ONE_TOKEN = 5
 """From here on with one draft token, so that no number of draft tokens rounds them up."""
@@ -68,6 +68,8 @@ def _setups(data: ConjectureData, swarm: Swarm, limits: Limits) -> Setup:
     pool_rows = max(least_rows, min(pick(data, _sizes(limits.pool_rows)), limits.pool_cells // pool_width))
     inputs = _inputs(data, swarm)
     pool_extra, table_extra, skew = _strides(data, swarm)
+    if pool_extra == FAR:
+        pool_extra = max(0, min(_FAR_CELLS, limits.pool_cells) // pool_rows - pool_width)
     ctx_lens, schedule, num_sms = _optional_outputs(data, swarm)
     return Setup(
         num_draft_tokens=tokens,
@@ -208,11 +210,16 @@ def _inputs(data: ConjectureData, swarm: Swarm) -> _Inputs:
     return _Inputs(layout, tail, seq_lens_dtype, pool_index_dtype, aliased, host_lengths)
 
 
+FAR: Final = -1
+_FAR_CELLS: Final = 140_000
+"""Rows of ``req_to_token`` as far apart as so many cells allow: the last of them begin past 2**16 cells."""
+
+
 def _strides(data: ConjectureData, swarm: Swarm) -> tuple[int, int, int]:
     """Elements beyond the width in a pool row and in a table row, and how the latter grows from step to step."""
     if Feature.ROW_STRIDES not in swarm or not chance(data, 5):
         return 0, 0, 0
-    return pick(data, _EXTRA_COLUMNS), pick(data, _EXTRA_COLUMNS), pick(data, (0, 1, 2, 5))
+    return pick(data, (*_EXTRA_COLUMNS, FAR)), pick(data, _EXTRA_COLUMNS), pick(data, (0, 1, 2, 5))
 
 
 def _optional_outputs(data: ConjectureData, swarm: Swarm) -> tuple[CtxLens, bool, int]:

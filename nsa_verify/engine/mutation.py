@@ -162,7 +162,8 @@ def _shrunk(kill: Kill, mutant: Mutant, event: Disagreement) -> None:
     size = Size.of(event.case)
     kill.case, kill.size = event.case, (size.replays, size.rows, size.length)
     kill.disagreed, kill.runs = event.reliability.disagreed, event.reliability.runs
-    if not kill.problem and not size.fits(mutant.size):
+    races = Code.NOT_DETERMINISTIC in mutant.codes  # and then a smaller case need not show it again
+    if not kill.problem and not races and not size.fits(mutant.size):
         kill.problem = f"its minimal case is {size}, and should be at most {mutant.size}"
 
 

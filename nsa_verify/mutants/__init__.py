@@ -6,6 +6,7 @@ from typing import Final
 
 from nsa_verify.mutants.capture import CAPTURE
 from nsa_verify.mutants.mutant import BOTH, EAGER, GRAPH, Mutant, MutantError, Size
+from nsa_verify.mutants.onepass import ONEPASS
 from nsa_verify.mutants.sequences import SEQUENCES
 from nsa_verify.mutants.triton import TRITON
 from nsa_verify.mutants.values import VALUES
@@ -19,6 +20,6 @@ def _by_name(*mutants: Mutant) -> dict[str, Mutant]:
     return found
 
 
-CATALOGUE: Final = _by_name(*VALUES, *SEQUENCES, *CAPTURE, *TRITON)
+CATALOGUE: Final = _by_name(*VALUES, *SEQUENCES, *CAPTURE, *TRITON, *ONEPASS)
 
 __all__ = ["BOTH", "CATALOGUE", "EAGER", "GRAPH", "Mutant", "MutantError", "Size"]

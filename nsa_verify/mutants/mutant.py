@@ -52,7 +52,8 @@ class Mutant:
     """``kernels/<module>.py`` with each key of ``changes``, which stands there exactly once, replaced by its value.
 
     ``kind`` is the class of bug in a few words, ``trigger`` what a case needs to show it, in one line. It is killed
-    when each executor of ``seen_by`` has reported it under one of ``codes``; the minimal cases are at most of ``size``.
+    when each executor of ``seen_by`` has reported it under one of ``codes``; the minimal cases are at most of ``size``,
+    unless it may race (NV501 is among ``codes``).
     ``needs_gpu`` says that a machine without one cannot see it.
     """
 

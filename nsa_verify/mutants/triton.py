@@ -182,7 +182,7 @@ _ADDRESSES: Final[tuple[Mutant, ...]] = (
                 "    source = (req_to_token + (pool_row * token_stride).to(tl.uint16).to(tl.int64))[:, None]\n"
             )
         },
-        codes=(Code.WRONG_VALUE, Code.INVARIANT),
+        codes=(Code.POISON, Code.WRONG_VALUE, Code.INVARIANT),
         size=Size(replays=1, rows=1, length=1),
     ),
     Mutant(

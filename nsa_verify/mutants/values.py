@@ -451,7 +451,7 @@ VALUES: Final[tuple[Mutant, ...]] = (
             )
         },
         codes=(Code.POISON, Code.WRONG_VALUE, Code.EXCEPTION),
-        size=Size(rows=2),
+        size=Size(rows=2, length=2),
     ),
     Mutant(
         name="seq-lens-in-16-bits",

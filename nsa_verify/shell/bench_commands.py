@@ -22,14 +22,86 @@ from nsa_verify.shell import options as opt
 from nsa_verify.shell.options import ExitCode, Unable
 from nsa_verify.shell.render import columns, counted, json_text
 from nsa_verify.shell.reporter import console, say
+from nsa_verify.shell.timing_tables import times
 
 ENDLESS = 10_000_000
 WORKER = "worker: "
 
 
-@click.group(cls=opt.Group)
-def bench() -> None:
-    """Measure what the search costs."""
+def _sizes(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """``B,W,LONGEST`` or ``B,W,LONGEST,S`` as numbers."""
+    found = []
+    for value in values:
+        numbers = value.split(",")
+        if len(numbers) not in (3, 4) or not all(it.isdecimal() and int(it) for it in numbers):
+            raise click.BadParameter(
+                f"{value!r} is not B,W,LONGEST or B,W,LONGEST,S, as 32,131080,4000", param=parameter
+            )
+        if not int(numbers[2]) <= int(numbers[1]):
+            raise click.BadParameter(f"{value!r}: a KV length of {numbers[2]} is wider than the table", param=parameter)
+        found.append(tuple(int(it) for it in numbers))
+    return tuple(found)
+
+
+@click.group(cls=opt.Group, invoke_without_command=True)
+@opt.together(opt.IMPL, opt.ONLY, opt.MODE, opt.DEVICE, opt.WORKERS)
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    callback=_sizes,
+    metavar="B,W,LONGEST[,S]",
+    help="Requests, columns, the longest KV length, steps; may be repeated. [default: see docs/performance.md]",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of cases and of lengths. [default: 0]")
+@click.option(
+    "-n",
+    "--max-examples",
+    type=click.IntRange(1),
+    default=200,
+    help="Cases that an implementation must agree on before it is timed. [default: 200]",
+)
+@click.option(
+    "--repetitions", type=click.IntRange(3), default=9, help="Medians are of so many, interleaved. [default: 9]"
+)
+@opt.together(opt.JSON, opt.NO_COLOR)
+@click.pass_context
+def bench(
+    context: click.Context,
+    references: tuple[str, ...],
+    only: tuple[str, ...],
+    modes: tuple[Any, ...],
+    device: str,
+    workers: str,
+    sizes: tuple[tuple[int, ...], ...],
+    seed: int,
+    max_examples: int,
+    repetitions: int,
+    as_json: bool,
+    no_color: bool,
+) -> None:
+    """Measure how fast implementations are, after they agreed with the oracle; or what the search costs.
+
+    Prints for each implementation, mode and size the host time of a call, and on a GPU the device time of a call inside
+    a captured graph, its launches, waits and allocations, and how many times the floor it takes: an empty node, and
+    what is live at the bandwidth of a copy, both measured in the same run. Numbers are microseconds, medians with the
+    least and the most. What disagrees is not timed: exit code 1.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    plan = Plan(
+        seed=seed,
+        max_examples=max_examples,
+        modes=modes or Plan().modes,
+        device=device,
+        references=references,
+        only=only,
+        shrink=False,
+        isolate=True,
+        workers=opt.worker_count(workers, device, False, max_examples),
+        gpus=gpus.placement(gpus.gpus_for(device)),
+    )
+    times(plan, sizes, repetitions, as_json, console(no_color))
 
 
 class Rate(Struct, frozen=True):

@@ -89,6 +89,19 @@ def test_inplace_refuses_what_the_kernel_would_misread() -> None:
     assert good.eq(-77).all()
 
 
+@pytest.mark.parametrize("layout", [_contiguous, _strided])
+@pytest.mark.parametrize(("extend_lens", "seq_lens"), CASES)
+def test_onepass(extend_lens: list[int], seq_lens: list[int], layout: Layout) -> None:
+    rows = sum(extend_lens)
+    expanded, clamped = _poisoned(2, rows + 3)
+    kernels.fill_draft_extend_metadata_onepass(layout(extend_lens), layout(seq_lens), TOPK, expanded, clamped)
+    assert (expanded[:rows].tolist(), clamped[:rows].tolist()) == _expected(extend_lens, seq_lens)
+    assert expanded[rows:].tolist() == clamped[rows:].tolist() == [-77] * 3
+    wide = clamped.long()
+    with pytest.raises(ValueError, match=r"out_nsa_cache_seqlens is torch\.int64"):
+        kernels.fill_draft_extend_metadata_onepass(layout(extend_lens), layout(seq_lens), TOPK, expanded, wide)
+
+
 @pytest.mark.parametrize("lens", [[], [0], [0, 0, 0]])
 def test_nothing_accepted(lens: list[int]) -> None:
     accept_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
@@ -97,6 +110,7 @@ def test_nothing_accepted(lens: list[int]) -> None:
     assert expanded.shape == clamped.shape == (0,)
     outputs = _poisoned(2, 4)
     assert kernels.fill_draft_extend_metadata_inplace(accept_lens, seq_lens, TOPK, outputs[0], outputs[1]) == 0
+    kernels.fill_draft_extend_metadata_onepass(accept_lens, seq_lens, TOPK, outputs[0], outputs[1])
     assert outputs.eq(-77).all()
 
 

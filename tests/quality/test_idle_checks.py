@@ -24,7 +24,20 @@ def _script(monkeypatch: pytest.MonkeyPatch) -> object:
 
 def test_the_page(script: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     guard, frame = "one-past-the-prefix-sum", "row-past-the-total-zeroed"
-    arguments = ["--mutant", guard, "--mutant", frame, "--only", "zones", "--kind", "check", "--max-cases", "40", "-w", "1"]
+    arguments = [
+        "--mutant",
+        guard,
+        "--mutant",
+        frame,
+        "--only",
+        "zones",
+        "--kind",
+        "check",
+        "--max-cases",
+        "40",
+        "-w",
+        "1",
+    ]
     monkeypatch.setattr(sys, "argv", ["idle_checks.py", *arguments])
     script.main()  # type: ignore[attr-defined]
     told = capsys.readouterr()

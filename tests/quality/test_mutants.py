@@ -38,7 +38,7 @@ GRAPH = "simulated-graph" if NO_GPU else "graph"
 EXECUTORS = (EAGER, GRAPH)
 ASKED = os.environ.get("NSA_VERIFY_TEST_SEEDS")
 SEEDS = range(int(ASKED or "1"))
-SLOW = ("triton_fused", "triton_inplace", "precomputed_batched_copy")
+SLOW = ("triton_fused", "triton_inplace", "precomputed_batched_copy", "onepass")
 """Without a GPU, mutants of Triton kernels take half a minute each: of those some must do, and of the others half."""
 SMOKE = ("only-step-0", "ragged-stride-ignored", "field-not-copied", "lengths-kept-by-pool-row")
 QUICK = [it.name for it in CATALOGUE.values() if it.module not in SLOW and Code.HANG not in it.codes][::2]
@@ -141,6 +141,13 @@ def test_what_a_hunt_makes_of_a_search(
     assert [kill.problem for kill in found.kills] == problems
     assert found.killed is killed
     assert bool(found.problems) is (problems == [""] and not killed)
+
+
+def test_a_race_is_not_held_to_a_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mutation, "search", lambda *_: iter((SEEN, MINIMAL)))
+    for codes, killed in ((EASY.codes, False), ((*EASY.codes, Code.NOT_DETERMINISTIC), True)):
+        found = hunted(dataclasses.replace(EASY, codes=codes, size=Size(length=0)), tmp_path, executors=(EAGER,))
+        assert found.killed is killed
 
 
 def test_an_interrupted_hunt_is_neither_killed_nor_survived(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,257 @@
+"""How long implementations take: on the host for a call, on the GPU as a node of a captured graph.
+
+The memory is laid out like an engine's, without the guard zones of a ``Rig``, which large tables leave no room for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Final
+
+import torch
+from msgspec import Struct
+
+from nsa_verify.core.case import Mode, Setup
+from nsa_verify.core.implementation import Implementation, MetadataBuffers, ReplayInputs
+
+Call = Callable[[], object]
+
+NODES: Final = 40
+"""Calls that are captured into one graph: its launch is then a small part of a call's time."""
+WARM_UPS: Final = 3
+COPIED: Final = 256 << 20
+"""Bytes of the copy that bandwidth is measured with; more than the caches hold."""
+SLOT_LIMIT: Final = 1 << 30
+TOP_K: Final = 2048
+KERNEL_NODE: Final = 0
+"""CU_GRAPH_NODE_TYPE_KERNEL."""
+
+
+class Size(Struct, frozen=True, kw_only=True):
+    """What is refreshed: B requests of KV lengths from half of ``longest`` (tokens) to that, in tables of W columns."""
+
+    batch_size: int
+    table_width: int
+    longest: int
+    num_draft_tokens: int = 4
+    page_size: int = 64
+    num_steps: int = 1
+
+    def setup(self) -> Setup:
+        """The Setup of an engine that refreshes this."""
+        return Setup(
+            num_draft_tokens=self.num_draft_tokens,
+            index_topk=TOP_K,
+            page_size=self.page_size,
+            table_width=self.table_width,
+            pool_rows=self.batch_size,
+            pool_width=self.table_width,
+            num_steps=self.num_steps,
+            buckets=(self.batch_size,),
+            num_sms=132,
+        )
+
+    def __str__(self) -> str:
+        steps = f" S {self.num_steps}" if self.num_steps > 1 else ""
+        return f"B {self.batch_size} W {self.table_width} to {self.longest}{steps}"
+
+
+class Work(Struct, frozen=True):
+    """The memory of one size in one mode. ``live_bytes`` must move at least: what is live is read once and written once
+    for each row of each step."""
+
+    setup: Setup
+    inputs: ReplayInputs
+    steps: tuple[MetadataBuffers, ...]
+    live_bytes: int
+
+
+def work(size: Size, mode: Mode, device: str, seed: int = 0) -> Work:
+    """Inputs of ``size`` drawn from ``seed``, and buffers of 0; accept lengths are 1 to N in DRAFT_EXTEND."""
+    setup = size.setup()
+    chance = torch.Generator().manual_seed(seed)
+    count, tokens = size.batch_size, size.num_draft_tokens
+    lengths = torch.randint(max(size.longest // 2, tokens), size.longest + 1, (count,), generator=chance)
+    accepts = torch.full((count,), tokens)
+    if mode is Mode.DRAFT_EXTEND:
+        accepts = torch.randint(1, tokens + 1, (count,), generator=chance)
+    host = lengths.to(torch.int32)
+    inputs = ReplayInputs(
+        mode=mode,
+        batch_size=count,
+        seq_lens=host.to(device),
+        seq_lens_cpu=host,
+        req_pool_indices=torch.randperm(count, generator=chance).to(device),
+        req_to_token=torch.randint(0, SLOT_LIMIT, (count, size.table_width), dtype=torch.int32, device=device),
+        accept_lens=accepts.to(torch.int32).to(device),
+    )
+    steps = tuple(_buffers(setup, mode, count, device) for _ in range(size.num_steps))
+    rows = accepts if mode is not Mode.DECODE else torch.ones_like(accepts)
+    kv_lens = lengths + (tokens if mode is Mode.TARGET_VERIFY else 0)
+    columns = kv_lens.clamp(max=size.table_width)
+    pages = (columns + size.page_size - 1).div(size.page_size, rounding_mode="floor") * (size.page_size > 1)
+    lists = 2 * (count + 1) + 3 * int(rows.sum())
+    cells = int(columns.sum()) + size.num_steps * (int(((columns + pages) * rows).sum()) + lists) + 3 * count
+    return Work(setup, inputs, steps, 4 * cells)
+
+
+def _buffers(setup: Setup, mode: Mode, count: int, device: str) -> MetadataBuffers:
+    rows = setup.captured_rows(mode, count)
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
+    cache_seqlens, page_table = zeros(count), zeros(rows, setup.table_width)
+    return MetadataBuffers(
+        cache_seqlens=cache_seqlens,
+        cu_seqlens_k=zeros(count + 1),
+        nsa_seqlens_expanded=cache_seqlens if mode is Mode.DECODE else zeros(rows),
+        nsa_cache_seqlens=zeros(rows),
+        nsa_cu_seqlens_k=zeros(rows + 1),
+        page_table_1=page_table,
+        real_page_table=zeros(rows, setup.real_table_width) if setup.page_size > 1 else page_table,
+        cu_seqlens_q=zeros(count + 1),
+        nsa_cu_seqlens_q=zeros(rows + 1),
+    )
+
+
+class Subject(Struct):
+    """One call that is timed, and what was measured of it: microseconds per call, one number per repetition."""
+
+    name: str
+    call: Call
+    graph: torch.cuda.CUDAGraph | None = None
+    host_us: list[float] = []
+    node_us: list[float] = []
+    launches: int = 0
+    """Kernels and copies of a captured call; 0: it was not captured."""
+    syncs: int = 0
+    allocations: int = 0
+
+
+def refresh_of(implementation: Implementation, given: Work) -> Call:
+    """A call of ``implementation`` on ``given``."""
+    inputs, steps, setup = given.inputs, given.steps, given.setup
+    return lambda: implementation.refresh(inputs, steps, setup)
+
+
+def prepared(name: str, call: Call, capture: bool, device: str) -> Subject:
+    """Warm ``call`` up, look at what it does, and capture ``NODES`` calls of it if it may be captured."""
+    subject = Subject(name, call)
+    for _ in range(WARM_UPS):
+        call()
+    if device != "cuda":
+        return subject
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    with _counted_syncs() as found:
+        call()
+    subject.syncs = len(found)
+    subject.allocations = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+    if capture:
+        subject.launches = _launches(call)
+        subject.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(subject.graph):
+            for _ in range(NODES):
+                call()
+        subject.graph.replay()
+    torch.cuda.synchronize()
+    return subject
+
+
+@contextmanager
+def _counted_syncs() -> Iterator[list[warnings.WarningMessage]]:
+    """The waits for the device that torch knows of."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+def _launches(call: Call) -> int:
+    """The nodes of a graph of one call."""
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        call()
+    count = ctypes.c_size_t()
+    handle = ctypes.c_void_p(graph.raw_cuda_graph())
+    error = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(handle, None, ctypes.byref(count))
+    if error:
+        raise RuntimeError(f"cuGraphGetNodes returned {error}")
+    return count.value
+
+
+def measure(subjects: Sequence[Subject], device: str, repetitions: int, calls: int = 20) -> None:
+    """Time all ``subjects``, interleaved: one repetition of each, then the next, another one first each time."""
+    for repetition in range(repetitions):
+        for place in range(len(subjects)):
+            subject = subjects[(place + repetition) % len(subjects)]
+            subject.host_us.append(_host_us(subject.call, calls, device))
+            if subject.graph is not None:
+                subject.node_us.append(_node_us(subject.graph))
+
+
+def _host_us(call: Call, calls: int, device: str) -> float:
+    """From the first call to the return of the last; the device is not waited for, unless they do."""
+    wait = torch.cuda.synchronize if device == "cuda" else int
+    wait()
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    seconds = time.perf_counter() - began
+    wait()
+    return 1e6 * seconds / calls
+
+
+def _node_us(graph: torch.cuda.CUDAGraph, replays: int = 3) -> float:
+    """From the first node to the last, over the number of calls."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    graph.replay()  # the device is busy when the clock is started
+    start.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return float(1e3 * start.elapsed_time(end) / (replays * NODES))
+
+
+class Floor(Struct, frozen=True):
+    """What no implementation can be faster than, measured: an empty kernel as a node, and bytes at copy bandwidth."""
+
+    empty_node_us: float
+    bytes_per_us: float
+
+    def us(self, live_bytes: int) -> float:
+        """For so many bytes."""
+        return self.empty_node_us + live_bytes / self.bytes_per_us
+
+
+def floor(repetitions: int) -> Floor:
+    """Measure it on this GPU."""
+    from nsa_verify.device.nothing import nothing
+
+    source = torch.zeros(COPIED // 4, dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+    subjects = [
+        prepared("nothing", nothing, True, "cuda"),
+        prepared("copy", lambda: target.copy_(source), True, "cuda"),
+    ]
+    measure(subjects, "cuda", repetitions)
+    return Floor(median(subjects[0].node_us), 2 * COPIED / median(subjects[1].node_us))
+
+
+def forget(device: str) -> None:
+    """Give back what is not used any more, before the next size."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
