@@ -49,7 +49,7 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
         },
         codes=(Code.FROZEN,),
         seen_by=(GRAPH,),
-        size=Size(replays=1, rows=1, length=9),
+        size=Size(rows=4, length=9),
     ),
     Mutant(
         name="lengths-cached-by-host-lengths",

@@ -15,6 +15,8 @@ EAGER: Final = "eager"
 GRAPH: Final = "graph"
 """Stands for ``simulated-graph`` where there is no GPU."""
 BOTH: Final = (EAGER, GRAPH)
+LEFT: Final = (Code.POISON, Code.STALE)
+"""What is not written holds poison, or what an earlier replay left."""
 
 
 @dataclass(frozen=True, slots=True)

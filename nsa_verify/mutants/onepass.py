@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from nsa_verify.core.findings import Code
-from nsa_verify.mutants.mutant import Mutant, Size
+from nsa_verify.mutants.mutant import LEFT, Mutant, Size
 
 ONEPASS: Final[tuple[Mutant, ...]] = (
     Mutant(
@@ -14,7 +14,7 @@ ONEPASS: Final[tuple[Mutant, ...]] = (
         trigger="ragged, more requests than the 16 of a block (1 on a GPU)",
         module="onepass",
         changes={"            row = before + tl.associative_scan": "            row = tl.associative_scan"},
-        codes=(Code.WRONG_VALUE, Code.POISON, Code.STALE, Code.FROZEN, Code.NOT_DETERMINISTIC),
+        codes=(Code.WRONG_VALUE, *LEFT, Code.FROZEN, Code.NOT_DETERMINISTIC),
         size=Size(replays=1, rows=17, length=1),
     ),
     Mutant(
@@ -25,7 +25,7 @@ ONEPASS: Final[tuple[Mutant, ...]] = (
         changes={
             "stride = table_strides[step if len(table_strides) > 1 else 0]\n": "stride = table_strides[0]\n",
         },
-        codes=(Code.POISON, Code.FRAME_WRITTEN, Code.WRONG_VALUE),
+        codes=(*LEFT, Code.FRAME_WRITTEN, Code.WRONG_VALUE),
         size=Size(replays=1, rows=2, length=2),
     ),
     Mutant(
@@ -58,7 +58,7 @@ ONEPASS: Final[tuple[Mutant, ...]] = (
         trigger="a request that ends within a tile",
         module="onepass",
         changes={"        while start < end:\n": "        while start + COLUMNS <= end:\n"},
-        codes=(Code.POISON, Code.STALE, Code.INVARIANT),
+        codes=(*LEFT, Code.INVARIANT),
         size=Size(replays=1, rows=1, length=1),
     ),
 )

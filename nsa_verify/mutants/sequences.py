@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from nsa_verify.core.findings import Code
-from nsa_verify.mutants.mutant import EAGER, GRAPH, Mutant, Size
+from nsa_verify.mutants.mutant import EAGER, GRAPH, LEFT, Mutant, Size
 
 _STEPS: Final = "    for step in steps:\n        _refresh_step(inputs, step, setup)\n"
 _SEQ_LENS: Final = "    seq_lens = inputs.seq_lens[: inputs.batch_size]\n"
@@ -55,7 +55,7 @@ SEQUENCES: Final[tuple[Mutant, ...]] = (
                 "    step.cu_seqlens_k.copy_(torch.where(same, earlier, step.cu_seqlens_k))\n"
             ),
         },
-        codes=(Code.STALE, Code.POISON),
+        codes=LEFT,
         size=Size(replays=2, rows=2, length=4),
     ),
     Mutant(
@@ -99,7 +99,7 @@ SEQUENCES: Final[tuple[Mutant, ...]] = (
                 "    step.page_table_1[:rows].copy_(torch.where(kept, step.page_table_1[:rows], page_table))\n"
             ),
         },
-        codes=(Code.STALE, Code.POISON),
+        codes=LEFT,
         size=Size(replays=2),
     ),
     Mutant(
@@ -115,7 +115,7 @@ SEQUENCES: Final[tuple[Mutant, ...]] = (
                 "        return\n"
             )
         },
-        codes=(Code.POISON, Code.STALE),
+        codes=LEFT,
         seen_by=(EAGER,),
         size=Size(replays=2, length=2),
     ),
@@ -155,7 +155,7 @@ SEQUENCES: Final[tuple[Mutant, ...]] = (
             ),
             "    width = min(_longest(inputs, setup), setup.table_width)\n": "    width = _widths[mode, batch_size]\n",
         },
-        codes=(Code.POISON, Code.STALE, Code.FRAME_WRITTEN),
+        codes=(*LEFT, Code.FRAME_WRITTEN),
         seen_by=(EAGER,),
         size=Size(replays=2, length=2),
     ),
@@ -204,7 +204,7 @@ SEQUENCES: Final[tuple[Mutant, ...]] = (
         trigger="two steps",
         module="vectorized",
         changes={"    for step in steps:\n": "    for step in steps[: max(1, len(steps) - 1)]:\n"},
-        codes=(Code.POISON,),
+        codes=LEFT,
     ),
     Mutant(
         name="only-step-0",
@@ -212,7 +212,7 @@ SEQUENCES: Final[tuple[Mutant, ...]] = (
         trigger="two steps",
         module="triton_inplace",
         changes={"    for step in steps:\n": "    for step in steps[:1]:\n"},
-        codes=(Code.POISON,),
+        codes=LEFT,
     ),
     Mutant(
         name="schedule-of-step-0-only",
@@ -224,7 +224,7 @@ SEQUENCES: Final[tuple[Mutant, ...]] = (
                 "if schedule is not None and step.paged_mqa_schedule is not None and step is steps[0]:\n"
             )
         },
-        codes=(Code.POISON,),
+        codes=LEFT,
     ),
     Mutant(
         name="expanded-skipped-in-verify",
@@ -232,7 +232,7 @@ SEQUENCES: Final[tuple[Mutant, ...]] = (
         trigger="verify",
         module="precomputed_copy",
         changes={"    if mode is not Mode.DECODE:\n": "    if mode not in (Mode.DECODE, Mode.TARGET_VERIFY):\n"},
-        codes=(Code.POISON,),
+        codes=LEFT,
     ),
     Mutant(
         name="view-that-the-next-step-overwrites",

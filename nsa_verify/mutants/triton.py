@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from nsa_verify.core.findings import Code
-from nsa_verify.mutants.mutant import EAGER, Mutant, Size
+from nsa_verify.mutants.mutant import EAGER, LEFT, Mutant, Size
 
 _COPIED_ROW: Final = "    row = block * LANES + tl.arange(0, LANES)\n"
 _COPY_GRID: Final = "    _copy_everywhere[(triton.cdiv(rows, _LANES), _programs(setup))](\n"
@@ -26,7 +26,7 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
         trigger="more expanded rows than one block of 32",
         module="precomputed_batched_copy",
         changes={_COPIED_ROW: "    row = tl.arange(0, LANES).to(tl.int64)\n"},
-        codes=(Code.POISON, Code.INVARIANT),
+        codes=(*LEFT, Code.INVARIANT),
         size=Size(replays=1, rows=40, length=1),  # rows come in groups of N
     ),
     Mutant(
@@ -35,7 +35,7 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
         trigger="more expanded rows than two blocks of 32, which stand for the 65,535 of an axis",
         module="precomputed_batched_copy",
         changes={"tl.program_id(0).to(tl.int64)\n    turn": "tl.program_id(0).to(tl.int64) & 1\n    turn"},
-        codes=(Code.POISON, Code.INVARIANT),
+        codes=(*LEFT, Code.INVARIANT),
         size=Size(replays=1, rows=72, length=1),  # rows come in groups of N
     ),
     Mutant(
@@ -48,7 +48,7 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
                 "        column = offset\n        live = column[None, :] < reach[:, None]"
             )
         },
-        codes=(Code.POISON, Code.INVARIANT),
+        codes=(*LEFT, Code.INVARIANT),
         size=Size(replays=1, rows=1, length=129),
     ),
     Mutant(
@@ -57,7 +57,7 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
         trigger="more expanded rows than one block of 32, and no multiple of it",
         module="precomputed_batched_copy",
         changes={_COPY_GRID: "    _copy_everywhere[(max(rows // _LANES, 1), _programs(setup))](\n"},
-        codes=(Code.POISON, Code.INVARIANT),
+        codes=(*LEFT, Code.INVARIANT),
         size=Size(replays=1, rows=40, length=1),  # rows come in groups of N
     ),
     Mutant(
@@ -123,7 +123,7 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
         changes={
             "((kv_len + (COLUMNS - 1)) & -COLUMNS, width)": "((kv_len - added + (COLUMNS - 1)) & -COLUMNS, width)"
         },
-        codes=(Code.POISON, Code.STALE, Code.INVARIANT),
+        codes=(*LEFT, Code.INVARIANT),
         size=Size(replays=2, rows=8, length=128),
     ),
     Mutant(
@@ -146,7 +146,7 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
         trigger="a KV length that is no multiple of the page size",
         module="precomputed_batched_copy",
         changes={"pages = (reach + (1 << page_shift) - 1) >> page_shift": "pages = -(-reach // (1 << page_shift))"},
-        codes=(Code.POISON,),
+        codes=LEFT,
     ),
     Mutant(
         name="loads-past-the-pool-row",
@@ -182,7 +182,7 @@ _ADDRESSES: Final[tuple[Mutant, ...]] = (
                 "    source = (req_to_token + (pool_row * token_stride).to(tl.uint16).to(tl.int64))[:, None]\n"
             )
         },
-        codes=(Code.POISON, Code.WRONG_VALUE, Code.INVARIANT),
+        codes=(*LEFT, Code.WRONG_VALUE, Code.INVARIANT),
         size=Size(replays=1, rows=1, length=1),
     ),
     Mutant(
@@ -219,7 +219,7 @@ _ADDRESSES: Final[tuple[Mutant, ...]] = (
         trigger="two steps with different row strides, two rows",
         module="precomputed_batched_copy",
         changes={"(row * table_strides[step] - row >> 1)": "(row * table_strides[0] - row >> 1)"},
-        codes=(Code.FRAME_WRITTEN, Code.POISON),
+        codes=(Code.FRAME_WRITTEN, *LEFT),
         size=Size(replays=1, rows=2, length=1),
     ),
     Mutant(
@@ -232,7 +232,7 @@ _ADDRESSES: Final[tuple[Mutant, ...]] = (
                 "target = to_real_table[step // 2] + (row * real_strides[step // 2] - row >> 1)"
             ),
         },
-        codes=(Code.POISON,),
+        codes=LEFT,
     ),
     Mutant(
         name="field-not-copied",
@@ -240,7 +240,7 @@ _ADDRESSES: Final[tuple[Mutant, ...]] = (
         trigger="any request",
         module="precomputed_batched_copy",
         changes={"            tl.store(to_nsa_cache_seqlens[step] + row, clamped, mask=defined)\n": ""},
-        codes=(Code.POISON,),
+        codes=LEFT,
     ),
     Mutant(
         name="page-shift-on-the-column-only",
@@ -288,7 +288,7 @@ _ADDRESSES: Final[tuple[Mutant, ...]] = (
                 "    page_indices, real_page_table = _gather(inputs, kept.index_select(0, pool_rows), setup)\n"
             )
         },
-        codes=(Code.POISON,),
+        codes=LEFT,
         size=Size(replays=1, rows=2, length=2),
     ),
 )
@@ -363,7 +363,7 @@ _ROWS: Final[tuple[Mutant, ...]] = (
         trigger="a padded row of length 0: fill 0, or V2 with two tokens",
         module="triton_inplace",
         changes={_NSA_ENDS: _NSA_ENDS.replace("mask=defined", "mask=defined & (clamped > 0)")},
-        codes=(Code.POISON, Code.STALE, Code.INVARIANT),
+        codes=(*LEFT, Code.INVARIANT),
         size=Size(replays=2, rows=16, length=4),
     ),
     Mutant(
@@ -376,7 +376,7 @@ _ROWS: Final[tuple[Mutant, ...]] = (
                 "            tl.store(nsa_cu_seqlens_k, 0, mask=tl.reduce(counted, 0, _MAX) > 0)\n"
             )
         },
-        codes=(Code.INVARIANT, Code.POISON),
+        codes=(Code.INVARIANT, *LEFT),
     ),
     Mutant(
         name="row-bounded-by-its-own-length",
@@ -389,7 +389,7 @@ _ROWS: Final[tuple[Mutant, ...]] = (
             "        own = tl.load(expanded + row, mask=defined, other=0).to(tl.int64)\n"
             "        reach = tl.minimum(own, width)\n"
         },
-        codes=(Code.POISON, Code.STALE),
+        codes=LEFT,
         size=Size(replays=2, rows=2, length=2),
     ),
     Mutant(
@@ -398,7 +398,7 @@ _ROWS: Final[tuple[Mutant, ...]] = (
         trigger="TARGET_VERIFY with ctx lens of their own, and two steps",
         module="precomputed_batched_copy",
         changes={"cell = to_ctx_lens[step] +": "cell = to_ctx_lens[0] +"},
-        codes=(Code.POISON, Code.INVARIANT),
+        codes=(*LEFT, Code.INVARIANT),
     ),
     Mutant(
         name="schedule-row-not-bounded",
@@ -421,7 +421,7 @@ _ROWS: Final[tuple[Mutant, ...]] = (
                 "            kv_ends += tl.load(cu_seqlens_k + first_lane // bound, mask=first_lane > 0, other=0)\n"
             ),
         },
-        codes=(Code.INVARIANT, Code.POISON, Code.STALE, Code.WRONG_VALUE, Code.NOT_DETERMINISTIC, Code.NOT_IDEMPOTENT),
+        codes=(Code.INVARIANT, *LEFT, Code.WRONG_VALUE, Code.NOT_DETERMINISTIC, Code.NOT_IDEMPOTENT),
         size=Size(replays=2, rows=256, length=2),
         needs_gpu=True,
     ),

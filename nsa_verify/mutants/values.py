@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from nsa_verify.core.findings import Code
-from nsa_verify.mutants.mutant import EAGER, Mutant, Size
+from nsa_verify.mutants.mutant import EAGER, LEFT, Mutant, Size
 
 _SEQ_LENS: Final = "    seq_lens = inputs.seq_lens[: inputs.batch_size]\n"
 _GATHER: Final = "inputs.req_to_token[:, : setup.table_width].index_select(0, pool_rows)"
@@ -83,7 +83,7 @@ VALUES: Final[tuple[Mutant, ...]] = (
         trigger="any request",
         module="python_loop",
         changes={"    out[:1].zero_()\n": ""},
-        codes=(Code.POISON,),
+        codes=LEFT,
         seen_by=(EAGER,),
     ),
     Mutant(
@@ -97,7 +97,7 @@ VALUES: Final[tuple[Mutant, ...]] = (
                 "        lengths.copy_(torch.where(expanded > 0, expanded, lengths))\n"
             )
         },
-        codes=(Code.POISON, Code.STALE),
+        codes=LEFT,
         size=Size(replays=2, rows=2, length=2),
     ),
     Mutant(
@@ -167,7 +167,7 @@ VALUES: Final[tuple[Mutant, ...]] = (
         trigger="verify, with host lengths",
         module="precomputed_copy",
         changes={"inputs.seq_lens_cpu[:batch_size] + added": "inputs.seq_lens_cpu[:batch_size]"},
-        codes=(Code.POISON,),
+        codes=LEFT,
         seen_by=(EAGER,),
     ),
     Mutant(
@@ -200,7 +200,7 @@ VALUES: Final[tuple[Mutant, ...]] = (
                 "(setup.pool_rows, setup.table_width), (setup.pool_width, 1)).index_select(0, pool_rows)"
             )
         },
-        codes=(Code.POISON, Code.WRONG_VALUE),
+        codes=(*LEFT, Code.WRONG_VALUE),
         size=Size(rows=2),
     ),
     Mutant(
@@ -223,7 +223,7 @@ VALUES: Final[tuple[Mutant, ...]] = (
         trigger="a pool row after the first, and a table with another row stride than the pool",
         module="triton_inplace",
         changes={"req_to_token + pool_row * token_stride": "req_to_token + pool_row * table_stride"},
-        codes=(Code.POISON, Code.WRONG_VALUE),
+        codes=(*LEFT, Code.WRONG_VALUE),
         size=Size(rows=2),
     ),
     Mutant(
@@ -346,7 +346,7 @@ VALUES: Final[tuple[Mutant, ...]] = (
         trigger="nothing is accepted",
         module="vectorized",
         changes={"        step.nsa_cu_seqlens_k[:1].zero_()\n": ""},
-        codes=(Code.POISON,),
+        codes=LEFT,
         seen_by=(EAGER,),
     ),
     Mutant(
@@ -424,7 +424,7 @@ VALUES: Final[tuple[Mutant, ...]] = (
         trigger="two requests whose lengths lie apart",
         module="vectorized",
         changes={_SEQ_LENS: "    seq_lens = inputs.seq_lens.as_strided((inputs.batch_size,), (1,))\n"},
-        codes=(Code.POISON, Code.INVARIANT),
+        codes=(*LEFT, Code.INVARIANT),
         size=Size(rows=3),
     ),
     Mutant(
@@ -437,7 +437,7 @@ VALUES: Final[tuple[Mutant, ...]] = (
                 "    seq_lens = torch.as_strided(inputs.seq_lens, (inputs.batch_size,), inputs.seq_lens.stride(), 0)\n"
             )
         },
-        codes=(Code.POISON, Code.INVARIANT),
+        codes=(*LEFT, Code.INVARIANT),
         size=Size(rows=2),
     ),
     Mutant(
@@ -450,7 +450,7 @@ VALUES: Final[tuple[Mutant, ...]] = (
                 "(inputs.seq_lens[:batch_size].contiguous().view(torch.int32)[:batch_size] + added)"
             )
         },
-        codes=(Code.POISON, Code.WRONG_VALUE, Code.EXCEPTION),
+        codes=(*LEFT, Code.WRONG_VALUE, Code.EXCEPTION),
         size=Size(rows=2, length=2),
     ),
     Mutant(
