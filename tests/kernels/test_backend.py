@@ -260,9 +260,10 @@ def _fan_out_from_precomputed(backend: NativeSparseAttnMultiStepBackend, batch: 
 )
 def test_drawn_sequences_over_own_buffers(path: str, refresh: Callable[[Any, Batch], None]) -> None:
     """One backend per case, through all its replays: what was prepared last is right, and nothing else has moved."""
-    drawn = draw_many(cases(), 16, seeded=4)
+    many = draw_many(cases(), 200, seeded=4)
+    drawn = many[:10] + [it for it in many if len({it.bucket(index) for index in range(len(it.replays))}) > 1][:6]
     assert {replay.mode for case in drawn for replay in case.replays} == set(Mode)
-    assert any(len({case.bucket(index) for index in range(len(case.replays))}) > 1 for case in drawn)
+    assert len(drawn) == 16
     for case in drawn:
         backend = _multi_step(case.setup, path)
         before = [_pointers(step) for step in backend.attn_backends]

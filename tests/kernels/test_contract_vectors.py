@@ -20,6 +20,7 @@ NAMES = (
     "triton-inplace",
     "precomputed-copy",
     "precomputed-batched-copy",
+    "onepass",
 )
 SEQ_LENS = [13, 5, 1]
 

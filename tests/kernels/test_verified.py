@@ -26,6 +26,7 @@ NAMES = (
     "triton-inplace",
     "precomputed-copy",
     "precomputed-batched-copy",
+    "onepass",
 )
 GRAPH = "graph" if torch.cuda.is_available() else "simulated-graph"
 

@@ -39,7 +39,7 @@ MINE = ("run", "--impl", "mine.py", "--only", "short-top-k", "--executor", "eage
         (("run", "--impl", "nsa_verify.kernels.vectorized:warp"), "registers vectorized, not 'warp'"),
         (
             ("run", "--only", "warp"),
-            "--only warp: no such implementation; there are precomputed-batched-copy, precomputed-copy,",
+            "--only warp: no such implementation; there are onepass, precomputed-batched-copy, precomputed-copy,",
         ),
         (("run", "--device", "cuda"), "--device cuda: PyTorch sees no CUDA device here; use --device cpu, or"),
         (("run", "--device", "tpu"), "Invalid value for '--device': 'tpu' is not one of 'auto', 'cpu', 'cuda'"),

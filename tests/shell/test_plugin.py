@@ -161,7 +161,7 @@ def test_an_unknown_verdict_fails(inner: pytest.Pytester, monkeypatch: pytest.Mo
     [
         (
             ("--nsa-only", "warp"),
-            "--nsa-only warp: no such implementation; there are precomputed-batched-copy, precomputed-copy,*",
+            "--nsa-only warp: no such implementation; there are onepass, precomputed-batched-copy, precomputed-copy,*",
         ),
         (("--nsa-impl", "nowhere.py"), "--nsa-impl nowhere.py: there is no such file"),
         (("--nsa-device", "cuda"), "--nsa-device cuda: PyTorch sees no CUDA device here; *"),
