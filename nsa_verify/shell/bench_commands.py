@@ -34,9 +34,7 @@ def _sizes(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]
     for value in values:
         numbers = value.split(",")
         if len(numbers) not in (3, 4) or not all(it.isdecimal() and int(it) for it in numbers):
-            raise click.BadParameter(
-                f"{value!r} is not B,W,LONGEST or B,W,LONGEST,S, as 32,131080,4000", param=parameter
-            )
+            raise click.BadParameter(f"{value!r} is not B,W,LONGEST[,S], as 32,131080,4000", param=parameter)
         if not int(numbers[2]) <= int(numbers[1]):
             raise click.BadParameter(f"{value!r}: a KV length of {numbers[2]} is wider than the table", param=parameter)
         found.append(tuple(int(it) for it in numbers))

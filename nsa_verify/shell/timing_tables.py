@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import click
 from rich.console import Console
 
 from nsa_verify.core.registry import ImplementationError
@@ -38,15 +39,14 @@ def times(plan: Plan, sizes: Sequence[tuple[int, ...]], repetitions: int, as_jso
     if passed:
         expansions = EXPANSIONS if not sizes and not plan.only else ()
         asked = Ask(plan=plan, sizes=_sizes(chosen), expansions=expansions, repetitions=repetitions)
-        progress = Console(stderr=True)
-        measured(asked, passed, told, device, lambda text: say(progress, f"measured {text}"))
+        measured(asked, passed, told, device, lambda text: click.echo(f"measured {text}", err=True))
     if as_json:
         say(out, json_text({"timings": told}))
     else:
         for line in lines(told, device):
             say(out, line)
     for it in told.rejected:
-        say(Console(stderr=True), f"{it.implementation} is not timed: it {it.reason}; see nsa-verify run --only NAME")
+        click.echo(f"{it.implementation} is not timed: it {it.reason}; see nsa-verify run --only NAME", err=True)
     if code:
         raise SystemExit(code)
     if not told.timings:
