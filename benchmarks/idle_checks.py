@@ -1,6 +1,6 @@
 """Which mutants live when one check, or one feature of the cases, is switched off: no arguments are needed.
 
-Prints a page in Markdown, and progress on standard error; ``docs/what-each-check-is-for.md`` is what it printed. A
+Prints a page in Markdown, and progress on standard error; ``docs/what-each-check-is-for.md`` has its tables. A
 check or a feature whose absence lets no mutant live, and slows none down, is idle: it can go, or it lacks a mutant.
 ``--seed N``, ``--max-cases N`` and ``-w N`` are those of ``nsa-verify mutants``; ``--only TEXT`` asks for those checks
 and features whose name holds it, ``--mutant NAME`` (repeatable) for that mutant, ``--quick`` leaves out the mutants of

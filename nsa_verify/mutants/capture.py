@@ -312,5 +312,19 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
         codes=(Code.HANG,),
         seen_by=(EAGER,),
     ),
+    Mutant(
+        name="host-lengths-assumed",
+        kind="an optional input taken for granted",
+        trigger="no seq_lens_cpu",
+        module="python_loop",
+        changes={
+            "    lengths = inputs.seq_lens if inputs.seq_lens_cpu is None else inputs.seq_lens_cpu\n": (
+                "    lengths = inputs.seq_lens_cpu\n"
+            )
+        },
+        codes=(Code.EXCEPTION,),
+        seen_by=(EAGER,),
+        size=Size(rows=1, length=1),
+    ),
 )
 """They are right when they are called, or wrong in what no value shows."""

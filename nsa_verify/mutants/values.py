@@ -462,4 +462,26 @@ VALUES: Final[tuple[Mutant, ...]] = (
         codes=(Code.INVARIANT, Code.WRONG_VALUE),
         size=Size(length=65_536),  # from there on a length may be wrong and not negative
     ),
+    Mutant(
+        name="slots-taken-for-a-run",
+        kind="layout of the inputs assumed",
+        trigger="a table of two columns whose slots do not follow each other",
+        module="vectorized",
+        changes={
+            "    step.page_table_1[:rows].copy_(page_table)\n": (
+                "    page_table = page_table[:, :1] + torch.arange(page_table.shape[1], device=page_table.device)\n"
+                "    step.page_table_1[:rows].copy_(page_table)\n"
+            )
+        },
+        codes=(Code.WRONG_VALUE, Code.INVARIANT),
+    ),
+    Mutant(
+        name="top-k-in-11-bits",
+        kind="narrow integers",
+        trigger="a top-k of 2048",
+        module="vectorized",
+        changes={"original_seq_lens.clamp(max=nsa_index_topk)": "original_seq_lens.clamp(max=nsa_index_topk & 2047)"},
+        codes=(Code.INVARIANT, Code.WRONG_VALUE),
+        size=Size(length=1),
+    ),
 )
