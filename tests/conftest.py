@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from importlib import metadata
 
 import pynvml
 import pytest
 from hypothesis import HealthCheck, settings
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background by a shell: tests of Ctrl-C, and what they start, would wait for it in vain.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _missing_gpu() -> str | None:
