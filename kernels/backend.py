@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_verify.core.buffers import FROZEN, TABLES, alias_of, has_own_ctx_lens, shapes
+from nsa_verify.core.buffers import FROZEN, TABLES, alias_of, shapes
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.implementation import MetadataBuffers, ReplayInputs
 from nsa_verify.kernels import precomputed_copy, python_loop
@@ -343,22 +343,13 @@ class NativeSparseAttnMultiStepBackend:
 def _copy_everywhere(
     backends: Sequence[NativeSparseAttnBackend], bs: int, precomputed: PrecomputedMetadata, mode: Mode
 ) -> None:
-    """Copy into the frozen buffers of every backend; what is derived is computed once and refreshed in each."""
+    """Copy into the frozen buffers of every backend."""
     setup = backends[0].setup
     targets = [backend._frozen(mode, bs) for backend in backends]
     batch, rows = precomputed.cache_seqlens.shape[0], precomputed.seqlens_expanded_size
     captured = setup.captured_rows(mode, bs)
     if batch != bs or rows > captured or (mode is not Mode.DRAFT_EXTEND and rows != captured):
         raise ValueError(f"precomputed has {batch} requests and {rows} rows; {mode} of bs = {bs} has {captured} rows")
-    own_ctx_lens = has_own_ctx_lens(setup, mode)
-    schedule = None
-    if setup.schedule and rows:
-        ctx_lens = precomputed.cache_seqlens if own_ctx_lens else precomputed.seqlens_expanded
-        schedule = precomputed_copy._schedule(ctx_lens, setup.num_sms)
+    precomputed_copy.copy_into_all(targets, precomputed, mode, setup)
     for backend, target in zip(backends, targets, strict=True):
-        precomputed_copy.copy_into(target, precomputed, mode)
-        if own_ctx_lens and target.paged_mqa_ctx_lens is not None:
-            target.paged_mqa_ctx_lens.copy_(precomputed.cache_seqlens[:, None])
-        if schedule is not None and target.paged_mqa_schedule is not None:
-            target.paged_mqa_schedule.copy_(schedule)
         backend._prepared(bs, target)

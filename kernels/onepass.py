@@ -208,6 +208,42 @@ def _fill_tables(
 
 
 @triton.jit
+def _clamped_sum(kv_len: tl.tensor, accept: tl.tensor, index_topk: tl.tensor) -> tl.tensor:
+    """The sum of the lengths of a request's rows after the top-k minimum."""
+    # The sum of min(t, K) over t = 1..x is, with y = min(x, K), y * (y + 1) / 2 + (x - y) * K.
+    high = tl.maximum(kv_len, 0)
+    low = tl.maximum(kv_len - accept, 0)
+    high_cut = tl.minimum(high, index_topk)
+    low_cut = tl.minimum(low, index_topk)
+    steep = (high_cut * (high_cut + 1) - low_cut * (low_cut + 1)) // 2
+    return steep + (high - high_cut - low + low_cut) * index_topk
+
+
+@triton.jit
+def _segments(
+    batch: tl.tuple, request: tl.tensor, held: tl.tensor, RAGGED: tl.constexpr, OF_REQUESTS: tl.constexpr
+) -> tl.tuple:
+    """Rows, and segments of 256 tokens of all rows together, of each request; 0 where it is not ``held``."""
+    seq_lens, seq_stride, accept_lens, accept_stride, _, added, tokens = batch
+    kv_len = tl.load(seq_lens + request * seq_stride, mask=held, other=0).to(tl.int64)
+    kv_len += tl.where(held, added, 0)
+    if RAGGED:
+        accept = tl.load(accept_lens + request * accept_stride, mask=held, other=0).to(tl.int64)
+    else:
+        accept = tl.where(held, tokens, 0)
+    if OF_REQUESTS:
+        segments = (kv_len + 255) // 256
+    else:
+        # The sum of ceil(t / 256) over t = 1..x is, with y = ceil(x / 256), y * (x - 128 * (y - 1)).
+        high = tl.maximum(kv_len, 0)
+        low = tl.maximum(kv_len - accept, 0)
+        high_end = (high + 255) // 256
+        low_end = (low + 255) // 256
+        segments = high_end * (high - 128 * (high_end - 1)) - low_end * (low - 128 * (low_end - 1))
+    return accept, segments
+
+
+@triton.jit
 def _fill_lengths(
     block: tl.tensor,
     batch: tl.tuple,
@@ -242,13 +278,7 @@ def _fill_lengths(
             accept = tl.where(held, tokens, 0)
         rows += tl.reduce(accept, 0, _SUM)
         kv_sum += tl.reduce(kv_len, 0, _SUM)
-        # The sum of min(t, K) over t = 1..x is, with y = min(x, K), y * (y + 1) / 2 + (x - y) * K.
-        high = tl.maximum(kv_len, 0)
-        low = tl.maximum(kv_len - accept, 0)
-        high_cut = tl.minimum(high, index_topk)
-        low_cut = tl.minimum(low, index_topk)
-        steep = (high_cut * (high_cut + 1) - low_cut * (low_cut + 1)) // 2
-        nsa_sum += tl.reduce(steep + (high - high_cut - low + low_cut) * index_topk, 0, _SUM)
+        nsa_sum += tl.reduce(_clamped_sum(kv_len, accept, index_topk), 0, _SUM)
     request = first + tl.arange(0, LENGTHS)
     held = request < batch_size
     kv_len = tl.load(seq_lens + request * seq_stride, mask=held, other=0).to(tl.int64) + added
@@ -260,12 +290,7 @@ def _fill_lengths(
         copies = tokens
     kv_end = kv_sum + tl.associative_scan(kv_len, 0, _SUM)
     row = rows + tl.associative_scan(accept, 0, _SUM) - accept
-    high = tl.maximum(kv_len, 0)
-    low = tl.maximum(kv_len - accept, 0)
-    high_cut = tl.minimum(high, index_topk)
-    low_cut = tl.minimum(low, index_topk)
-    steep = (high_cut * (high_cut + 1) - low_cut * (low_cut + 1)) // 2
-    of_request = steep + (high - high_cut - low + low_cut) * index_topk
+    of_request = _clamped_sum(kv_len, accept, index_topk)
     nsa_end = nsa_sum + tl.associative_scan(of_request, 0, _SUM) - of_request
     for step in tl.static_range(len(to_cache_seqlens)):
         tl.store(to_cache_seqlens[step] + request, kv_len, mask=held)
@@ -310,21 +335,7 @@ def _fill_schedule(
     for start in range(0, batch_size, SEARCHED):
         request = lane + start
         held = request < batch_size
-        kv_len = tl.load(seq_lens + request * seq_stride, mask=held, other=0).to(tl.int64)
-        kv_len += tl.where(held, added, 0)
-        if RAGGED:
-            accept = tl.load(accept_lens + request * accept_stride, mask=held, other=0).to(tl.int64)
-        else:
-            accept = tl.where(held, tokens, 0)
-        if OF_REQUESTS:
-            segments = (kv_len + 255) // 256
-        else:
-            # The sum of ceil(t / 256) over t = 1..x is, with y = ceil(x / 256), y * (x - 128 * (y - 1)).
-            high = tl.maximum(kv_len, 0)
-            low = tl.maximum(kv_len - accept, 0)
-            high_end = (high + 255) // 256
-            low_end = (low + 255) // 256
-            segments = high_end * (high - 128 * (high_end - 1)) - low_end * (low - 128 * (low_end - 1))
+        accept, segments = _segments(batch, request, held, RAGGED, OF_REQUESTS)
         total += tl.reduce(segments, 0, _SUM)
         rows += tl.reduce(accept, 0, _SUM)
     if OF_REQUESTS:
@@ -339,20 +350,7 @@ def _fill_schedule(
     for start in range(0, batch_size, SEARCHED):
         request = lane + start
         held = request < batch_size
-        kv_len = tl.load(seq_lens + request * seq_stride, mask=held, other=0).to(tl.int64)
-        kv_len += tl.where(held, added, 0)
-        if RAGGED:
-            accept = tl.load(accept_lens + request * accept_stride, mask=held, other=0).to(tl.int64)
-        else:
-            accept = tl.where(held, tokens, 0)
-        if OF_REQUESTS:
-            segments = (kv_len + 255) // 256
-        else:
-            high = tl.maximum(kv_len, 0)
-            low = tl.maximum(kv_len - accept, 0)
-            high_end = (high + 255) // 256
-            low_end = (low + 255) // 256
-            segments = high_end * (high - 128 * (high_end - 1)) - low_end * (low - 128 * (low_end - 1))
+        accept, segments = _segments(batch, request, held, RAGGED, OF_REQUESTS)
         ends = end + tl.associative_scan(segments, 0, _SUM)
         done = (held[None, :] & (ends[None, :] <= begin[:, None])).to(tl.int64)  # [ENTRIES, SEARCHED]
         owner += tl.reduce(done, 1, _SUM)

@@ -53,14 +53,18 @@ class PrecomputedMetadata:
 )
 def refresh(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup) -> None:
     """Compute once and copy into every step. Reads the maximum on the host unless captured, and R in ragged batches."""
-    precomputed = precompute(inputs, setup)
-    own_ctx_lens = setup.ctx_lens is CtxLens.OWN and inputs.mode is Mode.TARGET_VERIFY
+    copy_into_all(steps, precompute(inputs, setup), inputs.mode, setup)
+
+
+def copy_into_all(steps: Sequence[MetadataBuffers], precomputed: PrecomputedMetadata, mode: Mode, setup: Setup) -> None:
+    """Place ``precomputed`` in every step's buffers, and what derives from it: own ctx lens, and the schedule."""
+    own_ctx_lens = setup.ctx_lens is CtxLens.OWN and mode is Mode.TARGET_VERIFY
     schedule = None
     if setup.schedule and precomputed.seqlens_expanded_size:
         ctx_lens = precomputed.cache_seqlens if own_ctx_lens else precomputed.seqlens_expanded
         schedule = _schedule(ctx_lens, setup.num_sms)
     for step in steps:
-        copy_into(step, precomputed, inputs.mode)
+        copy_into(step, precomputed, mode)
         if own_ctx_lens and step.paged_mqa_ctx_lens is not None:
             step.paged_mqa_ctx_lens.copy_(precomputed.cache_seqlens.view(-1, 1))
         if schedule is not None and step.paged_mqa_schedule is not None:

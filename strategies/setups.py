@@ -68,7 +68,7 @@ def _setups(data: ConjectureData, swarm: Swarm, limits: Limits) -> Setup:
     pool_rows = max(least_rows, min(pick(data, _sizes(limits.pool_rows)), limits.pool_cells // pool_width))
     inputs = _inputs(data, swarm)
     pool_extra, table_extra, skew = _strides(data, swarm)
-    if pool_extra == FAR:
+    if pool_extra == _FAR:
         pool_extra = max(0, min(_FAR_CELLS, limits.pool_cells) // pool_rows - pool_width)
     ctx_lens, schedule, num_sms = _optional_outputs(data, swarm)
     return Setup(
@@ -210,7 +210,7 @@ def _inputs(data: ConjectureData, swarm: Swarm) -> _Inputs:
     return _Inputs(layout, tail, seq_lens_dtype, pool_index_dtype, aliased, host_lengths)
 
 
-FAR: Final = -1
+_FAR: Final = -1
 _FAR_CELLS: Final = 140_000
 """Rows of ``req_to_token`` as far apart as so many cells allow: the last of them begin past 2**16 cells."""
 
@@ -219,7 +219,7 @@ def _strides(data: ConjectureData, swarm: Swarm) -> tuple[int, int, int]:
     """Elements beyond the width in a pool row and in a table row, and how the latter grows from step to step."""
     if Feature.ROW_STRIDES not in swarm or not chance(data, 5):
         return 0, 0, 0
-    return pick(data, (*_EXTRA_COLUMNS, FAR)), pick(data, _EXTRA_COLUMNS), pick(data, (0, 1, 2, 5))
+    return pick(data, (*_EXTRA_COLUMNS, _FAR)), pick(data, _EXTRA_COLUMNS), pick(data, (0, 1, 2, 5))
 
 
 def _optional_outputs(data: ConjectureData, swarm: Swarm) -> tuple[CtxLens, bool, int]:

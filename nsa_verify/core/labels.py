@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from msgspec import Struct
 
+from nsa_verify.core.buffers import has_own_ctx_lens
 from nsa_verify.core.case import Case, CtxLens, Layout, Mode, Setup, SlotKind
 
 Label = str
@@ -261,7 +262,7 @@ def _alias(it: _Facts) -> Iterator[str]:
 def _ctx_lens(it: _Facts) -> Iterator[str]:
     """Which ``paged_mqa_ctx_lens`` there is: a tensor of its own in TARGET_VERIFY alone, elsewhere a view."""
     kind = it.setup.ctx_lens
-    own = kind is CtxLens.OWN and any(view.mode is Mode.TARGET_VERIFY for view in it.views)
+    own = any(has_own_ctx_lens(it.setup, view.mode) for view in it.views)
     yield CtxLens.VIEW if kind is CtxLens.OWN and not own else kind
 
 

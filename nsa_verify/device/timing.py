@@ -17,6 +17,7 @@ from typing import Final
 import torch
 from msgspec import Struct
 
+from nsa_verify.core.buffers import TABLES, alias_of, shapes
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.implementation import Implementation, MetadataBuffers, ReplayInputs
 
@@ -102,23 +103,12 @@ def work(size: Size, mode: Mode, device: str, seed: int = 0) -> Work:
 
 
 def _buffers(setup: Setup, mode: Mode, count: int, device: str) -> MetadataBuffers:
-    rows = setup.captured_rows(mode, count)
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
-    cache_seqlens, page_table = zeros(count), zeros(rows, setup.table_width)
-    return MetadataBuffers(
-        cache_seqlens=cache_seqlens,
-        cu_seqlens_k=zeros(count + 1),
-        nsa_seqlens_expanded=cache_seqlens if mode is Mode.DECODE else zeros(rows),
-        nsa_cache_seqlens=zeros(rows),
-        nsa_cu_seqlens_k=zeros(rows + 1),
-        page_table_1=page_table,
-        real_page_table=zeros(rows, setup.real_table_width) if setup.page_size > 1 else page_table,
-        cu_seqlens_q=zeros(count + 1),
-        nsa_cu_seqlens_q=zeros(rows + 1),
-    )
+    made: dict[str, torch.Tensor] = {}
+    for name, shape in shapes(setup, mode, count).items():
+        alias = alias_of(setup, mode, name)
+        size = shape if name in TABLES else (shape.columns,)
+        made[name] = made[alias] if alias is not None else torch.zeros(size, dtype=torch.int32, device=device)
+    return MetadataBuffers(**made)
 
 
 class Subject(Struct):

@@ -34,8 +34,8 @@ ONEPASS: Final[tuple[Mutant, ...]] = (
         trigger="a schedule, and two tokens",
         module="onepass",
         changes={
-            "high_end * (high - 128 * (high_end - 1)) - low_end * (low - 128 * (low_end - 1))\n        total": (
-                "high_end * (high - 128 * (high_end - 1)) - low_end * (low - 128 * low_end)\n        total"
+            "high_end * (high - 128 * (high_end - 1)) - low_end * (low - 128 * (low_end - 1))\n": (
+                "high_end * (high - 128 * (high_end - 1)) - low_end * (low - 128 * low_end)\n"
             )
         },
         codes=(Code.WRONG_VALUE,),

@@ -32,7 +32,7 @@ def times(plan: Plan, sizes: Sequence[tuple[int, ...]], repetitions: int, as_jso
     try:
         device = resolve(plan.device)
         told = Timings(seed=plan.seed, repetitions=repetitions)
-        passed, code = verified(plan, told)
+        passed, code = verified(plan, told, device)
     except (DeviceError, EngineError, ImplementationError) as error:
         raise Unable(str(error)) from error
     chosen = sizes or (SIZES if device == "cuda" else CPU_SIZES)

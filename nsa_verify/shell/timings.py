@@ -14,6 +14,7 @@ from nsa_verify.core.findings import Outcome
 from nsa_verify.engine.events import RunFinished, RunStarted
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.search import search
+from nsa_verify.shell.options import ExitCode
 
 BASELINE = "python-loop"
 
@@ -97,7 +98,7 @@ class Ask(Struct, frozen=True, kw_only=True):
 Say = Callable[[str], None]
 
 
-def verified(plan: Plan, told: Timings) -> tuple[dict[str, set[Mode]], int]:
+def verified(plan: Plan, told: Timings, device: str) -> tuple[dict[str, set[Mode]], ExitCode]:
     """Run ``plan`` and note who disagreed; the modes in which the others agreed, and the exit code of such a run."""
     names: list[str] = []
     for event in search(plan, lambda found: found, __version__, {}):
@@ -118,8 +119,9 @@ def verified(plan: Plan, told: Timings) -> tuple[dict[str, set[Mode]], int]:
                 if not judged[name]:
                     accused.setdefault(name, "was not judged in any case")
             told.rejected = [Rejected(name, reason) for name, reason in accused.items()]
-            code = 1 if event.signatures else 2 if event.matrix.total(Outcome.UNKNOWN) else 0
-            if told.device.startswith("CPU"):
+            unknown = ExitCode.UNABLE if event.matrix.total(Outcome.UNKNOWN) else ExitCode.AGREE
+            code = ExitCode.DISAGREE if event.signatures else unknown
+            if device == "cpu":
                 told.interpreted = [name for name in names if event.tally.compile_keys.get(name)]
             out = {*accused, *told.interpreted}
             return {name: modes for name, modes in judged.items() if name not in out}, code
