@@ -12,20 +12,25 @@ import sys
 from collections.abc import Callable
 from statistics import median
 
+from torch import Tensor
+
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.registry import find
 from nsa_verify.device import timing
 from nsa_verify.device.select import resolve
+from nsa_verify.kernels import onepass
 from nsa_verify.shell.timing_tables import SIZES
 
-SHAPES = ["1024,2112", "1024,1584", "1024,1056", "512,1056", "256,1056", "256,528"]
+SHAPES = ["1024,2112", "1024,1584", "512,1584", "512,1056", "256,1056", "256,528"]
 
 
-def shaped(columns: int, programs: int) -> Callable[..., tuple[int, int, int]]:
-    """What ``onepass`` asks for the shape of its launch."""
+def shaped(columns: int, programs: int) -> Callable[..., onepass._Shape]:
+    """What ``onepass`` asks for the shape of its launch; lengths are shared out as it does."""
+    usual = onepass._shape
 
-    def shape(batch_size: int, setup: Setup, *_: object) -> tuple[int, int, int]:
-        return 1, columns, max(min(-(-setup.table_width // columns), programs // batch_size), 1)
+    def shape(batch_size: int, setup: Setup, seq_lens: Tensor, steps: int) -> onepass._Shape:
+        turns = max(min(-(-setup.table_width // columns), programs // batch_size), 1)
+        return usual(batch_size, setup, seq_lens, steps)._replace(columns=columns, turns=turns)
 
     return shape
 
@@ -39,8 +44,6 @@ def main() -> None:
     asked = parser.parse_args()
     if resolve("auto") != "cuda":
         sys.exit("onepass_shapes needs a GPU: Triton's interpreter says nothing about the device")
-    from nsa_verify.kernels import onepass
-
     shapes = [tuple(map(int, it.split(","))) for it in asked.shape or SHAPES]
     floor = timing.floor(asked.repetitions)
     print(f"us a call; empty node {floor.empty_node_us:.2f}, {floor.bytes_per_us / 1e6:.2f} TB/s")

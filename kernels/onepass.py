@@ -21,6 +21,7 @@ are specialised on. Functions called within the kernel are few, since the interp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,7 +32,7 @@ from nsa_verify.core.case import CtxLens, Mode, Setup
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, MetadataBuffers, ReplayInputs, implementation
 
 _LENGTHS = 32
-"""Requests per program that writes lengths."""
+"""Requests per program that writes lengths, usually."""
 _EARLIER = 256
 """Requests that are summed at a time."""
 _SEARCHED = 64
@@ -58,10 +59,10 @@ def refresh(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup
     ctx_lens = [step.paged_mqa_ctx_lens for step in steps if own_ctx_lens and step.paged_mqa_ctx_lens is not None]
     schedules = [step.paged_mqa_schedule for step in steps if step.paged_mqa_schedule is not None]
 
-    requests, columns, turns = _shape(batch_size, setup, inputs.seq_lens, len(steps))
-    heads = triton.cdiv(batch_size, _LENGTHS)
+    shape = _shape(batch_size, setup, inputs.seq_lens, len(steps))
+    heads = triton.cdiv(batch_size, shape.lengths)
     searchers = triton.cdiv(setup.num_sms + 1, _ENTRIES) if schedules else 0
-    _refresh[(heads + searchers + triton.cdiv(batch_size, requests), turns)](
+    _refresh[(heads + searchers + triton.cdiv(batch_size, shape.requests), shape.turns)](
         inputs.seq_lens,
         inputs.seq_lens.stride(0),
         inputs.accept_lens,
@@ -94,28 +95,40 @@ def refresh(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup
         OWN_CTX_LENS=bool(ctx_lens),
         SCHEDULE=bool(schedules),
         OF_REQUESTS=own_ctx_lens,
-        LENGTHS=_LENGTHS,
+        LENGTHS=shape.lengths,
         EARLIER=_EARLIER,
         SEARCHED=_SEARCHED,
         ENTRIES=_ENTRIES,
-        REQUESTS=requests,
-        COLUMNS=columns,
-        PAGES=max(columns // 16, 1),
-        num_warps=4,
+        REQUESTS=shape.requests,
+        COLUMNS=shape.columns,
+        PAGES=max(shape.columns // 16, 1),
+        num_warps=2,
     )
 
 
-def _shape(batch_size: int, setup: Setup, seq_lens: Tensor, steps: int) -> tuple[int, int, int]:
-    """Requests and columns of a tile, and programs along a row: from what is frozen at capture alone.
+class _Shape(NamedTuple):
+    requests: int
+    """Of a tile."""
+    columns: int
+    """Of a tile."""
+    turns: int
+    """Programs along a row."""
+    lengths: int
+    """Requests per program that writes lengths."""
+
+
+def _shape(batch_size: int, setup: Setup, seq_lens: Tensor, steps: int) -> _Shape:
+    """How the work is shared out: from what is frozen at capture alone.
 
     A program without live columns costs its launch and the wait for one length, a program with many makes the others
     wait for its last store; docs/performance.md has the measurements. The interpreter takes as long for a large tile as
     for a small one.
     """
     if not seq_lens.is_cuda:
-        return 16, 128, min(triton.cdiv(setup.table_width, 128), 2)
-    columns, programs = (1024, 1584) if steps == 1 else (256, 528)
-    return 1, columns, max(min(triton.cdiv(setup.table_width, columns), programs // batch_size), 1)
+        return _Shape(16, 128, min(triton.cdiv(setup.table_width, 128), 2), _LENGTHS)
+    columns, programs, lengths = (512, 1584, _LENGTHS) if steps == 1 else (256, 528, 8)
+    turns = max(min(triton.cdiv(setup.table_width, columns), programs // batch_size), 1)
+    return _Shape(1, columns, turns, lengths)
 
 
 def _strides(destinations: Sequence[Tensor]) -> tuple[int, ...]:
@@ -163,6 +176,9 @@ def _fill_tables(
         accept = tl.load(accept_lens + request * accept_stride, mask=held, other=0).to(tl.int64)
         reach = tl.where(accept > 0, reach, 0)
         copies = tl.reduce(accept, 0, _MAX)
+        # Asked for here, so that it is there with the first slots.
+        lane = tl.arange(0, EARLIER).to(tl.int64)
+        counted = tl.load(accept_lens + lane * accept_stride, mask=lane < first, other=0)
     else:
         accept = tl.full((REQUESTS,), 0, tl.int64) + tokens
         copies = tokens
@@ -174,11 +190,10 @@ def _fill_tables(
         slot = tl.load(source + start + offset, mask=start + offset < reach[:, None])  # [REQUESTS, COLUMNS]
         # The first slots are on their way while it is found out where they go.
         if RAGGED:
-            before = tl.full((), 0, tl.int64)
-            for earlier in range(0, first, EARLIER):
-                lane = earlier + tl.arange(0, EARLIER).to(tl.int64)
-                counted = tl.load(accept_lens + lane * accept_stride, mask=lane < first, other=0)
-                before += tl.reduce(counted.to(tl.int64), 0, _SUM)
+            before = tl.reduce(counted, 0, _SUM).to(tl.int64)
+            for earlier in range(EARLIER, first, EARLIER):
+                counted = tl.load(accept_lens + (earlier + lane) * accept_stride, mask=earlier + lane < first, other=0)
+                before += tl.reduce(counted, 0, _SUM)
             row = before + tl.associative_scan(accept, 0, _SUM) - accept
         else:
             row = request * tokens
