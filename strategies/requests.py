@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture.data import ConjectureData
 
 from nsa_verify.core.case import Mode, Request, Setup, longest, shortest
-from nsa_verify.strategies.choice import between, composed, pick
+from nsa_verify.strategies.choice import between, composed
 from nsa_verify.strategies.lengths import draw_length
 from nsa_verify.strategies.limits import Limits
 from nsa_verify.strategies.swarm import Feature, Swarm
@@ -40,6 +40,7 @@ class _Place(NamedTuple):
     kept: Request | None
     pool_row: int | None
     stretch: Stretch
+    growing: bool
 
 
 def requests(
@@ -74,7 +75,7 @@ def draw_requests(
         return (), Before((), 0)
     given = given or Given()
     allowed, sizes = _sizes(data, setup, swarm, bucket, given)
-    accepts = _accepts(data, setup, mode, swarm)
+    accepts = _accepts(data, setup, mode, swarm, given.growing)
     # A count, and right behind it what it counts: Hypothesis can take the first ones out as well as the last.
     highest = min(given.most, sizes[-1], DISTINCT_REQUESTS)
     count = 1 + between(data, min(given.fewest, highest) - 1, highest - 1)
@@ -86,6 +87,7 @@ def draw_requests(
             kept=kept[index] if index < len(kept) else None,
             pool_row=rows[index] if index < len(rows) else None,
             stretch=given.stretch,
+            growing=given.growing,
         )
         drawn.append(_request(data, setup, mode, swarm, accepts, place))
     size, least = next(size for size in sizes if size >= count), max(allowed[0], count)
@@ -140,7 +142,7 @@ def _with_own_rows(setup: Setup, batch: Sequence[Request], rows: Sequence[int]) 
     return [Request(it.seq_len, row, it.accept_len) for it, row in zip(batch, every, strict=False)]
 
 
-def _accepts(data: ConjectureData, setup: Setup, mode: Mode, swarm: Swarm) -> _Accepts:
+def _accepts(data: ConjectureData, setup: Setup, mode: Mode, swarm: Swarm, free: bool) -> _Accepts:
     ragged = mode is Mode.DRAFT_EXTEND
     tokens = setup.num_draft_tokens if ragged else 1
     zero = (0,) if ragged and Feature.ZERO_ACCEPTS in swarm else ()
@@ -148,7 +150,8 @@ def _accepts(data: ConjectureData, setup: Setup, mode: Mode, swarm: Swarm) -> _A
     # As many choices in every mode: a mode shrinks to another where nothing shifts.
     pattern = Pattern.RAGGED
     if Feature.UNIFORM_ACCEPTS in swarm:
-        pattern = Pattern(between(data, 0, len(Pattern) - 1 if ragged else 0))
+        # Requests that accept what they did before have no other pattern.
+        pattern = Pattern(between(data, 0, len(Pattern) - 1 if ragged and free else 0))
     common = choices[between(data, 0, len(choices) - 1 if pattern is not Pattern.RAGGED else 0)]
     if pattern is Pattern.RAGGED:
         return _Accepts(pattern, choices, 1)
@@ -159,9 +162,14 @@ def _accepts(data: ConjectureData, setup: Setup, mode: Mode, swarm: Swarm) -> _A
 
 
 def _request(data: ConjectureData, setup: Setup, mode: Mode, swarm: Swarm, accepts: _Accepts, place: _Place) -> Request:
-    accept_len = pick(data, accepts.choices)
-    grown = place.kept.seq_len + _added(setup, mode, accept_len) if place.kept is not None else None
-    seq_len = draw_length(data, setup, mode, max(accept_len, accepts.last), swarm, place.stretch, grown)
+    choices, kept = accepts.choices, place.kept
+    settled = kept is not None and not place.growing and kept.accept_len in choices
+    lowest = choices.index(kept.accept_len) if kept is not None and settled else 0
+    accept_len = choices[between(data, lowest, lowest if settled else len(choices) - 1)]
+    wanted = None
+    if kept is not None:
+        wanted = kept.seq_len + (_added(setup, mode, accept_len) if place.growing else 0)
+    seq_len = draw_length(data, setup, mode, max(accept_len, accepts.last), swarm, place.stretch, wanted)
     if Feature.POOL_ROWS not in swarm:
         return Request(seq_len, 0, accept_len)
     lowest, highest = (0, setup.pool_rows - 1) if place.pool_row is None else (place.pool_row, place.pool_row)

@@ -34,6 +34,8 @@ class Feature(StrEnum):
     """Modes in the order in which engines go through them: verify, draft-extend, decode; needs ``MODE_SWITCHES``."""
     BUCKET_SWITCHES = "bucket switches"
     """More than one bucket, and replays in different ones."""
+    REPETITION = "repetition"
+    """A replay of the requests of the one before, none of them longer."""
     CONTINUATION = "continuation"
     """A replay of all the requests of the one before, grown by what was accepted."""
     DEPARTURES = "departures"

@@ -21,13 +21,15 @@ class Turn(IntEnum):
     SHORTEST = 1
     """Drawn, but each as short as may be."""
     LONGEST = 2
-    CONTINUED = 3
+    REPEATED = 3
+    """Those of the replay before, as they were; the slots in ``req_to_token`` may be others."""
+    CONTINUED = 4
     """Those of the replay before, each longer by what it accepted."""
-    LEFT = 4
+    LEFT = 5
     """Some of them are gone, the first at least; the others go on in order."""
-    JOINED = 5
+    JOINED = 6
     """All of them go on, and others come behind them."""
-    REPLACED = 6
+    REPLACED = 7
     """About half of them go on, and others come behind them, first of all on the pool rows that became free."""
 
 
@@ -63,6 +65,8 @@ class Given(NamedTuple):
     sizes: Sequence[int] = ()
     """The batch sizes, ascending, to choose from; none for all that are allowed."""
     stretch: Stretch = Stretch.ANY
+    growing: bool = True
+    """Those that go on are longer by what they accepted; else they accepted as much as before, and are as long."""
 
     def staying(self, count: int) -> tuple[Request, ...]:
         """Those of ``kept`` that go on in a batch of ``count`` different requests."""
@@ -82,6 +86,8 @@ def turns(swarm: Swarm) -> tuple[Turn, ...]:
         found += [Turn.SHORTEST, Turn.LONGEST]
     if Feature.SEVERAL_REPLAYS not in swarm:
         return tuple(found)
+    if Feature.REPETITION in swarm:
+        found += [Turn.REPEATED] * 2
     if Feature.CONTINUATION in swarm:
         found += [Turn.CONTINUED] * 3
     if Feature.DEPARTURES in swarm:
@@ -114,8 +120,9 @@ def given(turn: Turn, before: Before | None, allowed: Sequence[int]) -> Given:
     more = min(distinct + 1, DISTINCT_REQUESTS)
     smaller = allowed[: bisect_left(allowed, before.size)]
     larger = allowed[bisect_right(allowed, before.size) :]
-    if turn is Turn.CONTINUED:
-        return Given(requests, fewest=distinct, most=distinct, sizes=(before.size,))
+    if turn in (Turn.REPEATED, Turn.CONTINUED):
+        growing = turn is Turn.CONTINUED
+        return Given(requests, fewest=distinct, most=distinct, sizes=(before.size,), growing=growing)
     if turn is Turn.LEFT:
         return Given(requests, most=max(1, distinct - 1), sizes=smaller) if smaller else Given()
     if turn is Turn.JOINED:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from nsa_verify.mutants.capture import CAPTURE
+from nsa_verify.mutants.incremental import INCREMENTAL
 from nsa_verify.mutants.mutant import BOTH, EAGER, GRAPH, Mutant, MutantError, Size
 from nsa_verify.mutants.onepass import ONEPASS
 from nsa_verify.mutants.sequences import SEQUENCES
@@ -20,6 +21,6 @@ def _by_name(*mutants: Mutant) -> dict[str, Mutant]:
     return found
 
 
-CATALOGUE: Final = _by_name(*VALUES, *SEQUENCES, *CAPTURE, *TRITON, *ONEPASS)
+CATALOGUE: Final = _by_name(*VALUES, *SEQUENCES, *INCREMENTAL, *CAPTURE, *TRITON, *ONEPASS)
 
 __all__ = ["BOTH", "CATALOGUE", "EAGER", "GRAPH", "Mutant", "MutantError", "Size"]

@@ -69,7 +69,7 @@ APPEARS: dict[Feature, Shows] = {
 """How a feature shows in a case. The others only make likelier what chance brings as well."""
 LIKELIER = {
     *(Feature.BOUNDARY_LENGTHS, Feature.UNIFORM_ACCEPTS, Feature.LENGTH_SWINGS),
-    *(Feature.CONTINUATION, Feature.DEPARTURES, Feature.ARRIVALS, Feature.MODE_CYCLES),
+    *(Feature.REPETITION, Feature.CONTINUATION, Feature.DEPARTURES, Feature.ARRIVALS, Feature.MODE_CYCLES),
 }
 NEEDS = {
     Feature.EMPTY_BATCHES: Feature.PADDING,
@@ -152,6 +152,10 @@ def all_go_on(before: Replay, now: Replay) -> bool:
     return len(before.requests) > 1 and grown(before.requests) == rows_and_lengths(now.requests)
 
 
+def same_with_other_slots(before: Replay, now: Replay) -> bool:
+    return len(before.requests) > 1 and before.requests == now.requests and before.pool_seed != now.pool_seed
+
+
 def some_left(before: Replay, now: Replay) -> bool:
     going = iter(grown(before.requests))
     return 0 < len(now.requests) < len(before.requests) and all(it in going for it in rows_and_lengths(now.requests))
@@ -184,6 +188,8 @@ def all_as_extreme(before: Replay, _: Replay) -> bool:
 
 
 PAIRS: dict[str, tuple[Feature, Sequence[Mode], Callable[[Replay, Replay], bool], float]] = {
+    "the same with other slots": (Feature.REPETITION, (Mode.DRAFT_EXTEND,), same_with_other_slots, 0.02),
+    "the same, not without pool seeds": (Feature.POOL_SEEDS, (Mode.DRAFT_EXTEND,), same_with_other_slots, 0.02),
     "all go on": (Feature.CONTINUATION, (Mode.DECODE,), all_go_on, 0.03),
     "some left": (Feature.DEPARTURES, (Mode.DECODE,), some_left, 0.03),
     "some joined": (Feature.ARRIVALS, (Mode.DECODE,), some_joined, 0.015),
