@@ -5,7 +5,8 @@ its own. Page rows are kept once per request, and the copy repeats them for the 
 as wide as the table, and like the destinations' it is written, and read, over the live prefix only.
 
 Nothing is read on the host: ragged batches are expanded over all ``B*N`` captured rows, and those past the total of the
-accept lengths name no request and are not copied. So every mode can be captured.
+accept lengths name no request and are not copied. So every mode can be captured. It takes three launches: the lists, in
+which each row looks for its request; the page rows; the copy.
 
 Arithmetic is 64 bit throughout: no product can overflow, and Triton's interpreter, which checks every 32-bit operation
 for overflow, runs several times faster. Nothing that varies with the batch is a ``constexpr``; the copy is compiled per
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,20 +27,16 @@ from torch import Tensor
 from nsa_verify.core.case import CtxLens, Mode, Setup
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, MetadataBuffers, ReplayInputs, implementation
 
-_REQUESTS = 16
-"""Page rows that a program gathers."""
 _LANES = 32
-"""Expanded rows that a program copies."""
-_COLUMNS = 128
-"""Columns of a tile."""
-_PROGRAM_COLUMNS = 512
-_MAX_PROGRAMS = 32
-"""Programs along a row: one per 512 columns of the table, up to 32, which take the live tiles in turn."""
+"""Expanded rows that a program of the lists computes."""
+_SEARCHED = 64
+"""Requests that they are compared with at a time."""
 _ENTRIES = 256
 """Elements of the schedule that a program copies at a time."""
 
-# tl.max and its like are functions of Triton code, and the interpreter patches the whole language at every such call
-# (0.8 ms); the combine function given to tl.reduce is not called at all there.
+# tl.sum and its like are functions of Triton code, and the interpreter patches the whole language at every such call
+# (0.8 ms); their combine functions given to tl.reduce are not called at all there.
+_SUM = tl.standard._sum_combine
 _MAX = tl.standard._elementwise_max
 
 
@@ -72,48 +70,146 @@ def refresh(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup
 
 def precompute(inputs: ReplayInputs, setup: Setup) -> SharedMetadata:
     """What every step of this replay shares, in fresh tensors: no step's buffer is read or referred to."""
-    batch_size, mode, device = inputs.batch_size, inputs.mode, inputs.seq_lens.device
-    seq_lens = inputs.seq_lens[:batch_size].to(torch.int64)
-    kv_lens = seq_lens + setup.num_draft_tokens if mode is Mode.TARGET_VERIFY else seq_lens
-    if mode is Mode.DRAFT_EXTEND:
-        counts = inputs.accept_lens[:batch_size].to(torch.int64)
-    else:
-        tokens = 1 if mode is Mode.DECODE else setup.num_draft_tokens
-        counts = torch.full((batch_size,), tokens, dtype=torch.int64, device=device)
-    # Where the draft tokens are among the KV length, row r of request b, which owns the rows below ends[b], has
-    # ends[b] - r - 1 tokens behind it. That holds in all four modes.
-    ends = counts.cumsum(0)
-    row = torch.arange(setup.captured_rows(mode, batch_size), device=device)
-    owners = torch.bucketize(row, ends, right=True)
-    owner = owners.clamp(max=batch_size - 1)
-    lengths = kv_lens.index_select(0, owner) - ends.index_select(0, owner) + row + 1
-    expanded = torch.where(owners < batch_size, lengths.clamp(min=0), 0)
-    clamped = expanded.clamp(max=setup.index_topk)
-    cache_seqlens = kv_lens.to(torch.int32)
+    batch_size, mode = inputs.batch_size, inputs.mode
+    rows = setup.captured_rows(mode, batch_size)
+    owners = torch.empty(rows, dtype=torch.int64, device=inputs.seq_lens.device)
+    sizes = (batch_size, batch_size + 1, rows, rows, rows + 1)
+    lists = torch.empty(sum(sizes), dtype=torch.int32, device=owners.device).split(sizes)
+    cache_seqlens, cu_seqlens_k, expanded, nsa_cache_seqlens, nsa_cu_seqlens_k = lists
+    _expand_rows[(triton.cdiv(rows, _LANES),)](
+        inputs.seq_lens,
+        inputs.seq_lens.stride(0),
+        inputs.accept_lens,
+        inputs.accept_lens.stride(0),
+        owners,
+        *lists,
+        batch_size,
+        rows,
+        setup.num_draft_tokens if mode is Mode.TARGET_VERIFY else 0,
+        1 if mode is Mode.DECODE else setup.num_draft_tokens,
+        setup.index_topk,
+        RAGGED=mode is Mode.DRAFT_EXTEND,
+        LANES=_LANES,
+        SEARCHED=_SEARCHED,
+    )
     page_indices, real_page_table = _gather(inputs, cache_seqlens, setup)
     schedule = None
     if setup.schedule:
         if setup.ctx_lens is CtxLens.OWN and mode is Mode.TARGET_VERIFY:
-            schedule = _schedule(kv_lens, batch_size, setup.num_sms)
+            schedule = _schedule(cache_seqlens.long(), batch_size, setup.num_sms)
         else:
-            schedule = _schedule(expanded, ends[-1:], setup.num_sms)
+            schedule = _schedule(expanded.long(), (owners < batch_size).sum(0, keepdim=True), setup.num_sms)
     return SharedMetadata(
         owners=owners,
         cache_seqlens=cache_seqlens,
-        cu_seqlens_k=_prefix_sum(kv_lens),
-        seqlens_expanded=expanded.to(torch.int32),
-        nsa_cache_seqlens=clamped.to(torch.int32),
-        nsa_cu_seqlens_k=_prefix_sum(clamped),
+        cu_seqlens_k=cu_seqlens_k,
+        seqlens_expanded=expanded,
+        nsa_cache_seqlens=nsa_cache_seqlens,
+        nsa_cu_seqlens_k=nsa_cu_seqlens_k,
         page_indices=page_indices,
         real_page_table=real_page_table,
         schedule=schedule,
     )
 
 
-def _prefix_sum(lengths: Tensor) -> Tensor:
-    """The inclusive prefix sum behind a 0, int32."""
-    zero = torch.zeros(1, dtype=torch.int32, device=lengths.device)
-    return torch.cat((zero, lengths.cumsum(0, dtype=torch.int32)))
+@triton.jit(
+    do_not_specialize=["seq_stride", "accept_stride", "batch_size", "rows", "added", "tokens", "index_topk"],
+    do_not_specialize_on_alignment=[
+        "seq_lens",
+        "accept_lens",
+        "owners",
+        "cache_seqlens",
+        "cu_seqlens_k",
+        "expanded",
+        "nsa_cache_seqlens",
+        "nsa_cu_seqlens_k",
+    ],
+)
+def _expand_rows(
+    seq_lens: tl.tensor,  # [B]
+    seq_stride: tl.tensor,
+    accept_lens: tl.tensor,  # [B]; read if RAGGED
+    accept_stride: tl.tensor,
+    owners: tl.tensor,  # [R_max]
+    cache_seqlens: tl.tensor,  # [B]
+    cu_seqlens_k: tl.tensor,  # [B+1]
+    expanded: tl.tensor,  # [R_max]
+    nsa_cache_seqlens: tl.tensor,  # [R_max]
+    nsa_cu_seqlens_k: tl.tensor,  # [R_max+1]
+    batch_size: tl.tensor,
+    rows: tl.tensor,
+    added: tl.tensor,  # tokens that the KV length has and seq_lens has not
+    tokens: tl.tensor,  # rows of a request, if not RAGGED
+    index_topk: tl.tensor,
+    RAGGED: tl.constexpr,
+    LANES: tl.constexpr,
+    SEARCHED: tl.constexpr,
+) -> None:
+    # A row counts the requests that end at or before it, which are those before its own, and sums what these have.
+    # Row by row they are compared only where one of them ends in the block; else all of its rows pass them, or none.
+    block = tl.program_id(0).to(tl.int64) * LANES
+    row = block + tl.arange(0, LANES)
+    owner = tl.full((LANES,), 0, tl.int64)
+    first = tl.full((LANES,), 0, tl.int64)  # the first row of its request
+    kv_end = tl.full((LANES,), 0, tl.int64)
+    nsa_end = tl.full((LANES,), 0, tl.int64)
+    end = tl.full((), 0, tl.int64)
+    for start in range(0, batch_size, SEARCHED):
+        request = tl.arange(0, SEARCHED).to(tl.int64) + start
+        held = request < batch_size
+        kv_len = tl.load(seq_lens + request * seq_stride, mask=held, other=0).to(tl.int64)
+        kv_len += tl.where(held, added, 0)
+        if RAGGED:
+            accept = tl.load(accept_lens + request * accept_stride, mask=held, other=0).to(tl.int64)
+        else:
+            accept = tl.where(held, tokens, 0).to(tl.int64)
+        if start + SEARCHED <= block:
+            kv_end += tl.reduce(kv_len, 0, _SUM)
+        elif start < block + LANES:
+            counted = request[None, :] <= row[:, None]  # [LANES, SEARCHED]
+            kv_end += tl.reduce(tl.where(counted, kv_len[None, :], 0), 1, _SUM)
+        before = end
+        end += tl.reduce(accept, 0, _SUM)
+        if before < block + LANES:
+            of_request = _clamped_sum(kv_len, index_topk) - _clamped_sum(kv_len - accept, index_topk)
+            if end <= block:
+                owner += tl.minimum(batch_size - start, SEARCHED)
+                first += end - before
+                nsa_end += tl.reduce(of_request, 0, _SUM)
+            else:
+                ends = before + tl.associative_scan(accept, 0, _SUM)
+                passed = held[None, :] & (ends[None, :] <= row[:, None])
+                owner += tl.reduce(passed.to(tl.int64), 1, _SUM)
+                first += tl.reduce(tl.where(passed, accept[None, :], 0), 1, _SUM)
+                nsa_end += tl.reduce(tl.where(passed, of_request[None, :], 0), 1, _SUM)
+    captured = row < rows
+    defined = captured & (owner < batch_size)
+    kv_len = tl.load(seq_lens + owner * seq_stride, mask=defined, other=0).to(tl.int64) + added
+    if RAGGED:
+        accept = tl.load(accept_lens + owner * accept_stride, mask=defined, other=0).to(tl.int64)
+    else:
+        accept = tl.full((LANES,), 0, tl.int64) + tokens
+    last = kv_len - accept + row - first + 1  # the row's own length, below 0 on padded ones
+    length = tl.where(defined, tl.maximum(last, 0), 0)
+    nsa_end += _clamped_sum(last, index_topk) - _clamped_sum(kv_len - accept, index_topk)
+    tl.store(owners + row, owner, mask=captured)
+    tl.store(expanded + row, length, mask=captured)
+    tl.store(nsa_cache_seqlens + row, tl.minimum(length, index_topk), mask=captured)
+    tl.store(nsa_cu_seqlens_k, 0)
+    tl.store(nsa_cu_seqlens_k + 1 + row, nsa_end, mask=defined)
+    request = row < batch_size
+    own_kv_len = tl.load(seq_lens + row * seq_stride, mask=request, other=0).to(tl.int64) + added
+    tl.store(cache_seqlens + row, own_kv_len, mask=request)
+    tl.store(cu_seqlens_k, 0)
+    tl.store(cu_seqlens_k + 1 + row, kv_end, mask=request)
+
+
+@triton.jit
+def _clamped_sum(length: tl.tensor, index_topk: tl.tensor) -> tl.tensor:
+    """The sum of min(t, K) over t = 1..length: with y = min(length, K) it is y * (y + 1) / 2 + (length - y) * K."""
+    length = tl.maximum(length, 0)
+    cut = tl.minimum(length, index_topk)
+    return cut * (cut + 1) // 2 + (length - cut) * index_topk
 
 
 def _schedule(ctx_lens: Tensor, rows: Tensor | int, num_sms: int) -> Tensor:
@@ -130,8 +226,20 @@ def _schedule(ctx_lens: Tensor, rows: Tensor | int, num_sms: int) -> Tensor:
     return torch.stack((torch.where(inside, row, rows), torch.where(inside, start - begin, 0)), dim=1).to(torch.int32)
 
 
-def _programs(setup: Setup) -> int:
-    return min(triton.cdiv(setup.table_width, _PROGRAM_COLUMNS), _MAX_PROGRAMS)
+class _Tiles(NamedTuple):
+    rows: int
+    columns: int
+    turns: int
+    """Programs along a row, which take its live tiles in turn."""
+
+
+def _tiles(rows: int, setup: Setup, of: Tensor, steps: int = 1) -> _Tiles:
+    """How ``rows`` page rows are shared out; docs/performance.md has the measurements behind it."""
+    if not of.is_cuda:
+        # The interpreter takes as long for a large tile as for a small one.
+        return _Tiles(32, 128, min(triton.cdiv(setup.table_width, 512), 32))
+    columns, programs = (512, 2112) if steps == 1 else (512, 1056)
+    return _Tiles(1, columns, max(min(triton.cdiv(setup.table_width, columns), programs // rows), 1))
 
 
 def _gather(inputs: ReplayInputs, cache_seqlens: Tensor, setup: Setup) -> tuple[Tensor, Tensor | None]:
@@ -139,7 +247,8 @@ def _gather(inputs: ReplayInputs, cache_seqlens: Tensor, setup: Setup) -> tuple[
     batch_size, paged = inputs.batch_size, setup.page_size > 1
     pages = cache_seqlens.new_empty((batch_size, setup.table_width))
     real_pages = cache_seqlens.new_empty((batch_size, setup.real_table_width)) if paged else pages
-    _gather_pages[(triton.cdiv(batch_size, _REQUESTS), _programs(setup))](
+    tiles = _tiles(batch_size, setup, cache_seqlens)
+    _gather_pages[(triton.cdiv(batch_size, tiles.rows), tiles.turns)](
         cache_seqlens,
         inputs.req_pool_indices,
         inputs.req_pool_indices.stride(0),
@@ -152,8 +261,9 @@ def _gather(inputs: ReplayInputs, cache_seqlens: Tensor, setup: Setup) -> tuple[
         setup.real_table_width,
         setup.page_size.bit_length() - 1,
         PAGED=paged,
-        REQUESTS=_REQUESTS,
-        COLUMNS=_COLUMNS,
+        REQUESTS=tiles.rows,
+        COLUMNS=tiles.columns,
+        num_warps=2,
     )
     return pages, real_pages if paged else None
 
@@ -214,7 +324,8 @@ def copy_into_all(steps: Sequence[MetadataBuffers], shared: SharedMetadata, mode
         step.paged_mqa_schedule for step in steps if shared.schedule is not None and step.paged_mqa_schedule is not None
     ]
     batch_size, rows = shared.cache_seqlens.shape[0], shared.owners.shape[0]
-    _copy_everywhere[(triton.cdiv(rows, _LANES), _programs(setup))](
+    tiles = _tiles(rows, setup, shared.owners, len(steps))
+    _copy_everywhere[(triton.cdiv(rows, tiles.rows), tiles.turns)](
         shared.owners,
         shared.cache_seqlens,
         shared.cu_seqlens_k,
@@ -244,10 +355,10 @@ def copy_into_all(steps: Sequence[MetadataBuffers], shared: SharedMetadata, mode
         PAGED=bool(real_tables),
         OWN_CTX_LENS=bool(ctx_lens),
         SCHEDULE=bool(schedules),
-        LANES=_LANES,
-        COLUMNS=_COLUMNS,
+        LANES=tiles.rows,
+        COLUMNS=tiles.columns,
         ENTRIES=_ENTRIES,
-        num_warps=8,
+        num_warps=2,
     )
 
 

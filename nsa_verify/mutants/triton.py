@@ -8,7 +8,7 @@ from nsa_verify.core.findings import Code
 from nsa_verify.mutants.mutant import EAGER, LEFT, Mutant, Size
 
 _COPIED_ROW: Final = "    row = block * LANES + tl.arange(0, LANES)\n"
-_COPY_GRID: Final = "    _copy_everywhere[(triton.cdiv(rows, _LANES), _programs(setup))](\n"
+_COPY_GRID: Final = "    _copy_everywhere[(triton.cdiv(rows, tiles.rows), tiles.turns)](\n"
 _REACH: Final = "    reach = tl.minimum(kv_len, width)\n"
 _POOL_ROW: Final = (
     "    pool_row = tl.load(pool_indices + request * pool_stride, mask=held, other=0).to(tl.int64)\n"
@@ -56,7 +56,7 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
         kind="grid rounded down",
         trigger="more expanded rows than one block of 32, and no multiple of it",
         module="precomputed_batched_copy",
-        changes={_COPY_GRID: "    _copy_everywhere[(max(rows // _LANES, 1), _programs(setup))](\n"},
+        changes={_COPY_GRID: "    _copy_everywhere[(max(rows // tiles.rows, 1), tiles.turns)](\n"},
         codes=(*LEFT, Code.INVARIANT),
         size=Size(replays=1, rows=40, length=1),  # rows come in groups of N
     ),

@@ -91,7 +91,7 @@ def test_one_launch_copies_everything(
     setup = _setup(num_steps=num_steps, ctx_lens=CtxLens.OWN, schedule=True)
     backend = make_backend(setup, mode, SEQ_LENS, ACCEPT_LENS)
     refresh(backend.inputs, backend.steps, setup)
-    assert launches == ["_gather_pages", "_copy_everywhere"]
+    assert launches == ["_expand_rows", "_gather_pages", "_copy_everywhere"]
     shared = precompute(backend.inputs, setup)
     rows, first = len(EXPANDED[mode]), backend.steps[0]
     assert shared.schedule is not None
@@ -227,4 +227,4 @@ def test_the_launch_is_as_large_for_any_batch_of_a_bucket(
     for seq_lens, accept_lens in (([1, 1, 1], [0, 0, 0]), ([18, 18, 18], [3, 3, 3])):
         backend = make_backend(setup, Mode.DRAFT_EXTEND, seq_lens, accept_lens)
         refresh(backend.inputs, backend.steps, setup)
-    assert len(grids) == 2
+    assert len(grids) == 3
