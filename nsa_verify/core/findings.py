@@ -230,6 +230,13 @@ class Cell(Struct, frozen=True):
     differs: bool = False
 
 
+def place_of(code: Code, buffer: str | None, region: str | None, message: str) -> str:
+    """What ``Finding.place`` is for these of its fields."""
+    if buffer is None:
+        return message.partition(":")[0] if code is Code.EXCEPTION else ""
+    return f"{buffer} {region}" if region else buffer
+
+
 class Finding(Struct, frozen=True, kw_only=True):
     """One thing that is wrong: what, where, expected and got.
 
@@ -256,8 +263,17 @@ class Finding(Struct, frozen=True, kw_only=True):
 
     @property
     def signature(self) -> Signature:
-        """What makes two findings the same bug to the search."""
+        """What makes two findings the same bug to a run."""
         return Signature(self.implementation, self.executor, self.code)
+
+    @property
+    def place(self) -> str:
+        """The buffer and the kind of region; of an exception its type, since it has neither."""
+        return place_of(self.code, self.buffer, self.region, self.message)
+
+    def signature_in(self, detail: bool) -> Signature:
+        """``signature``, and in ``detail`` with the place, which keeps several bugs of one implementation apart."""
+        return self.signature._replace(place=self.place) if detail else self.signature
 
 
 class Signature(NamedTuple):
@@ -266,9 +282,12 @@ class Signature(NamedTuple):
     implementation: str
     executor: str
     code: Code
+    place: str = ""
+    """The buffer and the kind of region, where findings are told apart in detail."""
 
     def __str__(self) -> str:
-        return f"{self.implementation} [{self.executor}] {self.code}"
+        where = f" {self.place}" if self.place else ""
+        return f"{self.implementation} [{self.executor}] {self.code}{where}"
 
 
 class Outcome(StrEnum):

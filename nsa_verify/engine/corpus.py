@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from msgspec import Struct
 
 from nsa_verify.core.case import Case, Mode
-from nsa_verify.core.findings import Code, Finding
+from nsa_verify.core.findings import Code, Finding, place_of
 
 FORMAT: Final = "nsa-verify-case"
 VERSIONS: Final = (1,)
@@ -86,6 +86,11 @@ class SavedFinding(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     expected: int | None = None
     got: int | None = None
     message: str = ""
+
+    @property
+    def place(self) -> str:
+        """As ``Finding.place``."""
+        return place_of(self.code, self.buffer, self.region, self.message)
 
     @classmethod
     def of(cls, finding: Finding) -> Self:

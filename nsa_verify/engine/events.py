@@ -20,6 +20,7 @@ class StopReason(StrEnum):
     SEEN = "all that was looked for was seen"
     TIME = "the time was up"
     INTERRUPTED = "interrupted"
+    NEW = "something new was found"
 
 
 class Subject(Struct, frozen=True):
@@ -232,6 +233,101 @@ class RunFinished(Struct, frozen=True):
     coverage: Coverage = msgspec.field(default_factory=Coverage)
 
 
+class CampaignStarted(Struct, frozen=True):
+    """A campaign of many searches over one corpus begins; ``slices`` were made by earlier ones, which it goes on from.
+
+    ``kind`` is ``change``, ``batch`` or ``prune``, ``budget_s`` how long it may last, ``environment`` what it runs on.
+    """
+
+    version: str
+    command: str
+    kind: str
+    seed: int
+    budget_s: float
+    workers: int
+    corpus: Path
+    slices: int
+    environment: dict[str, str] = {}
+
+
+class CaseReplayed(Struct, frozen=True):
+    """A saved case was run again before anything was drawn: FIXED, FAILED or ERROR, and of an ERROR the reason."""
+
+    path: Path
+    status: str
+    title: str = ""
+    problem: str = ""
+
+
+class SliceStarted(Struct, frozen=True):
+    """A search of ``seconds`` begins, over these modes, implementations and executors."""
+
+    number: int
+    seconds: float
+    modes: tuple[Mode, ...]
+    implementations: tuple[str, ...]
+    executors: tuple[str, ...]
+
+
+class SliceFinished(Struct, frozen=True):
+    """A search ended. All but ``number``, ``slice_cases`` and ``new_pairs`` count from the campaign's start."""
+
+    number: int
+    slice_cases: int
+    new_pairs: int
+    """Pairs of labels that no case had had before, in this campaign or in those that it goes on from."""
+    cases: int
+    seconds: float
+    groups: int
+    pairs: int
+    possible_pairs: int
+    replaced: int
+
+
+class Group(Struct, frozen=True, kw_only=True):
+    """One bug as it is reported: its minimal case in the corpus, and what is known of it."""
+
+    implementation: str
+    code: Code
+    mode: Mode
+    place: str
+    path: Path
+    case: Case
+    finding: Finding
+    executors: tuple[str, ...]
+    first_seen: str
+    last_seen: str
+    seen: int
+    """In how many searches it showed."""
+    reliability: Reliability
+    is_new: bool = True
+    """Whether this campaign found it first."""
+    accepted: str = ""
+    """The reason that a baseline gives for it."""
+
+
+class CampaignFinished(Struct, frozen=True):
+    """The end of a campaign: every open group, the matrix of all its searches, and why it stopped.
+
+    ``expired`` and ``unmatched`` are entries of the baseline that accept nothing any more, or nothing that is there.
+    """
+
+    stop: StopReason
+    cases: int
+    seconds: float
+    matrix: Matrix
+    tally: Tally
+    groups: tuple[Group, ...]
+    coverage: Coverage
+    replaced: int
+    exit_code: int = 0
+    expired: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    rates: tuple[tuple[float, int], ...] = ()
+    """Cases so far at some seconds since the start."""
+
+
 Event = (
     RunStarted
     | WorkersReady
@@ -242,4 +338,9 @@ Event = (
     | Disagreement
     | CheckFailed
     | RunFinished
+    | CampaignStarted
+    | CaseReplayed
+    | SliceStarted
+    | SliceFinished
+    | CampaignFinished
 )

@@ -10,6 +10,7 @@ from typing import Final
 from msgspec import Struct
 
 from nsa_verify.core.case import Mode
+from nsa_verify.core.findings import Signature
 
 ROUND_CASES: Final = 10
 """Cases of a round: they share a swarm, and a round is drawn by one worker."""
@@ -65,6 +66,12 @@ class Plan(Struct, frozen=True, kw_only=True):
     """Features that no case has (``nsa_verify.strategies.Feature``)."""
     coverage: bool = False
     """Whether it is counted which labels the cases have (``nsa_verify.core.labels``)."""
+    detail: bool = False
+    """Whether findings of one code are told apart by their buffer and region, each shrunk for itself."""
+    known: tuple[Signature, ...] = ()
+    """What earlier runs have shrunk and kept: seen again, it is told, and neither shrunk nor kept."""
+    until_new: bool = False
+    """Whether no more is drawn once something was seen that is not ``known``."""
     blind: tuple[str, ...] = ()
     """Checks that are not made (``nsa_verify.engine.blinding.CHECKS``)."""
 

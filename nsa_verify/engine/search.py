@@ -120,10 +120,10 @@ def search(
             seconds = time.perf_counter() - began
             yield from _shrinks(plan, crew, state, keep)
         except (BrokenProcessPool, EngineError):
-            yield from _leftovers(state, keep, "the run ended before it was shrunk")
+            yield from _leftovers(plan, state, keep, "the run ended before it was shrunk")
             raise
     reason = "interrupted before it was shrunk" if state.stop is StopReason.INTERRUPTED else "not shrunk"
-    yield from _leftovers(state, keep, reason)
+    yield from _leftovers(plan, state, keep, reason)
     yield RunFinished(
         matrix=state.matrix,
         tally=state.tally.in_order(),
@@ -172,7 +172,7 @@ def _rounds(plan: Plan, crew: Crew, state: _State, note: Callable[[Disagreement]
             legs, state.stop = iter(()), StopReason.INTERRUPTED
         elif deadline and time.time() > deadline and state.cases < plan.max_examples:
             legs, state.stop = iter(()), StopReason.TIME
-        elif plan.until and set(plan.until) <= {(it.implementation, it.executor) for it in state.first}:
+        elif _seen_enough(plan, state):
             legs, state.stop = iter(()), StopReason.SEEN
         while len(running) < crew.workers and (leg := next(legs, None)) is not None:
             running.add(crew.submit(run_rounds, plan, leg, deadline, state.without))
@@ -184,10 +184,17 @@ def _rounds(plan: Plan, crew: Crew, state: _State, note: Callable[[Disagreement]
             for result in crew.result(promise) or ():
                 if result.stopped:
                     crew.stop()
-                yield from _round(state, result, note)
+                yield from _round(plan, state, result, note)
 
 
-def _round(state: _State, result: RoundResult, note: Callable[[Disagreement], None]) -> Iterator[Event]:
+def _seen_enough(plan: Plan, state: _State) -> bool:
+    """Whether what the plan looks for was seen, if it looks for anything in particular."""
+    pairs = {(it.implementation, it.executor) for it in state.first}
+    is_new = bool(state.first.keys() - set(plan.known))
+    return (plan.until_new and is_new) or (bool(plan.until) and set(plan.until) <= pairs)
+
+
+def _round(plan: Plan, state: _State, result: RoundResult, note: Callable[[Disagreement], None]) -> Iterator[Event]:
     state.matrix.add(result.matrix)
     state.tally.add(result.tally)
     state.cases += result.cases
@@ -207,7 +214,8 @@ def _round(state: _State, result: RoundResult, note: Callable[[Disagreement], No
     for seen in result.seen:
         known = state.first.get(seen.signature)
         if known is None:
-            note(_as_drawn(seen, "the run was killed before it was shrunk"))
+            if seen.signature not in plan.known:
+                note(_as_drawn(seen, "the run was killed before it was shrunk"))
             yield DisagreementSeen(seen.signature, seen.finding, ROUND_CASES * result.index + seen.index + 1)
         if known is None or result.index < known[0]:
             state.first[seen.signature] = (result.index, seen)
@@ -220,7 +228,7 @@ def _shrinks(plan: Plan, crew: Crew, state: _State, keep: Keep) -> Iterator[Even
     """
     waiting = _to_shrink(plan, state)
     running: dict[Promise[ShrinkResult | None], Signature] = {}
-    minimal: dict[tuple[str, Code], Case] = {}
+    minimal: dict[tuple[str, Code, str], Case] = {}
     while True:
         if crew.interrupted:
             waiting, state.stop = [], StopReason.INTERRUPTED
@@ -251,26 +259,26 @@ def _shrinks(plan: Plan, crew: Crew, state: _State, keep: Keep) -> Iterator[Even
             yield keep(_minimal(state.first[signature][1], result, note))
 
 
-def _bug(signature: Signature) -> tuple[str, Code]:
+def _bug(signature: Signature) -> tuple[str, Code, str]:
     """What the signatures of several executors have in common."""
-    return signature.implementation, signature.code
+    return signature.implementation, signature.code, signature.place
 
 
 def _to_shrink(plan: Plan, state: _State) -> list[Signature]:
     if not plan.shrink:
         return []
     if not plan.until:
-        return sorted(state.first)
+        return sorted(state.first.keys() - set(plan.known))
     earliest: dict[Pair, Signature] = {}
     for signature, _ in sorted(state.first.items(), key=lambda it: (it[1][0], it[1][1].index)):
         earliest.setdefault((signature.implementation, signature.executor), signature)
     return sorted(earliest.values())
 
 
-def _leftovers(state: _State, keep: Keep, note: str) -> Iterator[Event]:
+def _leftovers(plan: Plan, state: _State, keep: Keep, note: str) -> Iterator[Event]:
     """Keep what was not shrunk as it was drawn."""
     for signature, (_, seen) in sorted(state.first.items()):
-        if signature not in state.kept:
+        if signature not in state.kept and signature not in plan.known:
             state.kept.add(signature)
             yield keep(_as_drawn(seen, note))
 

@@ -247,7 +247,7 @@ def _round_result(
         left_out = f"{msgspec.json.encode(task.case).decode()} "
         for place, judgement in enumerate(judgements):
             before = outcomes.before.get((number, place), [])
-            _count(result, task.case, judgement, before)
+            _count(result, task.case, judgement, before, plan.detail)
             lines.setdefault(task.pairs[place], []).append(left_out + _summary(judgement.verdict))
         for pair in without:
             _leave_out(result, task.case, pair)
@@ -328,7 +328,7 @@ def shrink(plan: Plan, index: int, seen: Seen, hint: Case | None = None) -> Shri
         nonlocal probes
         probes += 1
         primary = _verdict_of(keeper, case, signature).primary
-        if primary is None or primary.signature != signature:
+        if primary is None or primary.signature_in(plan.detail) != signature:
             return False
         smallest = shown[0] if shown and size_of(shown[0][0]) < size_of(case) else (case, primary)
         shown[:] = [smallest, (case, primary)]
@@ -408,15 +408,16 @@ def _reliability(keeper: Keeper | Inside, case: Case, signature: Signature) -> R
     return Reliability(disagreed, RELIABILITY_RUNS)
 
 
-def _count(result: RoundResult, case: Case, judgement: Judgement, before: list[Case]) -> None:
+def _count(result: RoundResult, case: Case, judgement: Judgement, before: list[Case], detail: bool) -> None:
     verdict, skipped = judgement.verdict, {skip.mode: skip for skip in judgement.skips}
     primary = verdict.primary
     result.tally.count(verdict, eager=verdict.executor == EAGER)
     unknown = verdict.outcome is Outcome.UNKNOWN
     if unknown:
         result.unjudged.append(Unjudged(verdict, case))
-    if primary is not None and all(seen.signature != primary.signature for seen in result.seen):
-        result.seen.append(Seen(primary.signature, primary, case, result.cases, before))
+    signature = primary.signature_in(detail) if primary is not None else None
+    if primary is not None and signature is not None and all(seen.signature != signature for seen in result.seen):
+        result.seen.append(Seen(signature, primary, case, result.cases, before))
     for mode in dict.fromkeys(replay.mode for replay in case.replays):
         cell, skip = Cell(), skipped.get(mode)
         if skip is None and (unknown or mode in verdict.modes):

@@ -138,7 +138,7 @@ def test_the_first_round_that_shows_a_signature_is_the_one_shrunk(told: Told) ->
         case = Case(Setup(), (Replay(requests=(Request(seq_len=1 + index),)),))
         first = Seen(seen.signature, seen.finding, case, 0)
         result = RoundResult(index, 1, Matrix(), Tally(), [first], [], {"a eager": f"d{index}"})
-        list(module._round(state, result, noted.append))
+        list(module._round(Plan(), state, result, noted.append))
     index, kept = state.first[seen.signature]
     assert (index, kept.case.replays[0].requests[0].seq_len) == (1, 2)
     assert [it["a eager"] for _, it in sorted(state.digests.items())] == ["d1", "d2", "d3"]
