@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from nsa_verify.core.case import Case, Mode
-from nsa_verify.core.findings import Finding, Outcome, Signature, Verdict
+from nsa_verify.core.findings import Code, Finding, Outcome, Signature, Verdict
 from nsa_verify.core.labels import Coverage
 
 
