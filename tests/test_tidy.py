@@ -54,7 +54,7 @@ LAYERS: Final = {
     "nsa_verify.shell": _layer(
         "nsa_verify nsa_verify.core nsa_verify.strategies nsa_verify.engine nsa_verify.engine.worker"
         " nsa_verify.device nsa_verify.kernels nsa_verify.mutants",
-        "click rich pytest xdist msgspec filelock hypothesis pynvml torch triton numpy",
+        "click rich pytest xdist msgspec filelock hypothesis pynvml torch triton numpy jinja2 matplotlib",
     ),
 }
 TYPES_ONLY: Final = {"nsa_verify.core": frozenset({"torch"})}
@@ -186,7 +186,7 @@ def test_imports_respect_the_layers(module: Module) -> None:
 
 @pytest.mark.parametrize("module", ["nsa_verify", "nsa_verify.shell.pytest_plugin"])
 def test_import_is_light(module: str) -> None:
-    heavy = ("torch", "triton", "hypothesis", "rich", "numpy")
+    heavy = ("torch", "triton", "hypothesis", "rich", "numpy", "jinja2", "matplotlib")
     program = f"import sys, {module}; print(*[name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr, done.stdout.split()) == (0, "", [])

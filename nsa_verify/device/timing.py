@@ -18,8 +18,8 @@ import torch
 from msgspec import Struct
 
 from nsa_verify.core.buffers import TABLES, alias_of, shapes
-from nsa_verify.core.case import Mode, Setup
-from nsa_verify.core.implementation import Implementation, MetadataBuffers, ReplayInputs
+from nsa_verify.core.case import CtxLens, Mode, Setup
+from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, Implementation, MetadataBuffers, ReplayInputs
 
 Call = Callable[[], object]
 
@@ -35,7 +35,10 @@ KERNEL_NODE: Final = 0
 
 
 class Size(Struct, frozen=True, kw_only=True):
-    """What is refreshed: B requests of KV lengths from half of ``longest`` (tokens) to that, in tables of W columns."""
+    """What is refreshed: B requests of KV lengths from half of ``longest`` (tokens) to that, in tables of W columns.
+
+    With ``schedule`` also the paged-MQA schedule and its lengths, which TARGET_VERIFY keeps as ``[B, N]`` of its own.
+    """
 
     batch_size: int
     table_width: int
@@ -43,6 +46,7 @@ class Size(Struct, frozen=True, kw_only=True):
     num_draft_tokens: int = 4
     page_size: int = 64
     num_steps: int = 1
+    schedule: bool = False
 
     def setup(self) -> Setup:
         """The Setup of an engine that refreshes this."""
@@ -56,21 +60,59 @@ class Size(Struct, frozen=True, kw_only=True):
             num_steps=self.num_steps,
             buckets=(self.batch_size,),
             num_sms=132,
+            ctx_lens=CtxLens.OWN if self.schedule else CtxLens.ABSENT,
+            schedule=self.schedule,
         )
 
     def __str__(self) -> str:
         steps = f" S {self.num_steps}" if self.num_steps > 1 else ""
-        return f"B {self.batch_size} W {self.table_width} to {self.longest}{steps}"
+        schedule = " with schedule" if self.schedule else ""
+        return f"B {self.batch_size} W {self.table_width} to {self.longest}{steps}{schedule}"
 
 
 class Work(Struct, frozen=True):
-    """The memory of one size in one mode. ``live_bytes`` must move at least: what is live is read once and written once
-    for each row of each step."""
+    """The memory of one size in one mode."""
 
     setup: Setup
     inputs: ReplayInputs
     steps: tuple[MetadataBuffers, ...]
-    live_bytes: int
+
+    @property
+    def live_bytes(self) -> int:
+        """What must move at least: what is live is read once and written once for each row of each step."""
+        return self.moved_bytes(Extent.LIVE)
+
+    def moved_bytes(self, extent: Extent, block: int = 1) -> int:
+        """What moves at least where rows are written up to ``extent``, and the pages of those columns with them.
+
+        Slots are read once for each request; they and pages are written for each row of each step, lists for each step.
+        """
+        setup, inputs, tokens = self.setup, self.inputs, self.setup.num_draft_tokens
+        assert inputs.seq_lens_cpu is not None
+        kv_lens = inputs.seq_lens_cpu.long() + (tokens if inputs.mode is Mode.TARGET_VERIFY else 0)
+        columns = _reach(kv_lens, setup.table_width, extent, block)
+        pages = (columns + setup.page_size - 1).div(setup.page_size, rounding_mode="floor") * (setup.page_size > 1)
+        rows = inputs.accept_lens.cpu() if inputs.mode is not Mode.DECODE else torch.ones_like(columns)
+        lists = 2 * (inputs.batch_size + 1) + 3 * int(rows.sum())
+        for name, shape in shapes(setup, inputs.mode, inputs.batch_size).items():
+            own = name in OPTIONAL_OUTPUTS and alias_of(setup, inputs.mode, name) is None
+            lists += shape.rows * shape.columns if own else 0
+        written = int(((columns + pages) * rows).sum()) + lists
+        return 4 * (int(columns.sum()) + setup.num_steps * written + 3 * inputs.batch_size)
+
+
+def _reach(kv_lens: torch.Tensor, width: int, extent: Extent, block: int) -> torch.Tensor:
+    """How many columns of ``page_table_1`` are written in a row of each request."""
+    match extent:
+        case Extent.LIVE:
+            reach = kv_lens
+        case Extent.ROW:
+            reach = (kv_lens + block - 1).div(block, rounding_mode="floor") * block
+        case Extent.MAX:
+            reach = kv_lens.max().expand_as(kv_lens)
+        case Extent.FULL:
+            reach = torch.full_like(kv_lens, width)
+    return reach.clamp(max=width)
 
 
 def work(size: Size, mode: Mode, device: str, seed: int = 0) -> Work:
@@ -93,21 +135,17 @@ def work(size: Size, mode: Mode, device: str, seed: int = 0) -> Work:
         accept_lens=accepts.to(torch.int32).to(device),
     )
     steps = tuple(_buffers(setup, mode, count, device) for _ in range(size.num_steps))
-    rows = accepts if mode is not Mode.DECODE else torch.ones_like(accepts)
-    kv_lens = lengths + (tokens if mode is Mode.TARGET_VERIFY else 0)
-    columns = kv_lens.clamp(max=size.table_width)
-    pages = (columns + size.page_size - 1).div(size.page_size, rounding_mode="floor") * (size.page_size > 1)
-    lists = 2 * (count + 1) + 3 * int(rows.sum())
-    cells = int(columns.sum()) + size.num_steps * (int(((columns + pages) * rows).sum()) + lists) + 3 * count
-    return Work(setup, inputs, steps, 4 * cells)
+    return Work(setup, inputs, steps)
 
 
 def _buffers(setup: Setup, mode: Mode, count: int, device: str) -> MetadataBuffers:
     made: dict[str, torch.Tensor] = {}
     for name, shape in shapes(setup, mode, count).items():
         alias = alias_of(setup, mode, name)
-        size = shape if name in TABLES else (shape.columns,)
-        made[name] = made[alias] if alias is not None else torch.zeros(size, dtype=torch.int32, device=device)
+        size = shape if name in (*TABLES, *OPTIONAL_OUTPUTS) else (shape.columns,)
+        made[name] = (
+            made[alias].view(size) if alias is not None else torch.zeros(size, dtype=torch.int32, device=device)
+        )
     return MetadataBuffers(**made)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -51,6 +52,7 @@ def _sizes(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]
     metavar="B,W,LONGEST[,S]",
     help="Requests, columns, the longest KV length, steps; may be repeated. [default: see docs/performance.md]",
 )
+@click.option("--schedule", is_flag=True, help="Refresh paged_mqa_schedule and paged_mqa_ctx_lens too.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of cases and of lengths. [default: 0]")
 @click.option(
     "-n",
@@ -62,6 +64,12 @@ def _sizes(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 @click.option(
     "--repetitions", type=click.IntRange(3), default=9, help="Medians are of so many, interleaved. [default: 9]"
 )
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write it to FILE too, as a page with charts; needs nsa-verify[report].",
+)
 @opt.together(opt.JSON, opt.NO_COLOR)
 @click.pass_context
 def bench(
@@ -72,18 +80,20 @@ def bench(
     device: str,
     workers: str,
     sizes: tuple[tuple[int, ...], ...],
+    schedule: bool,
     seed: int,
     max_examples: int,
     repetitions: int,
+    html: Path | None,
     as_json: bool,
     no_color: bool,
 ) -> None:
     """Measure how fast implementations are, after they agreed with the oracle; or what the search costs.
 
     Prints for each implementation, mode and size the host time of a call, and on a GPU the device time of a call inside
-    a captured graph, its launches, waits and allocations, and how many times the floor it takes: an empty node, and
-    what is live at the bandwidth of a copy, both measured in the same run. Numbers are microseconds, medians with the
-    least and the most. What disagrees is not timed: exit code 1.
+    a captured graph, its launches, waits and allocations, what it moves at least by the write extent it declares, and
+    how many times the floor it takes: an empty node, and what is live at the bandwidth of a copy, both measured in the
+    same run. Numbers are microseconds, medians with the least and the most. What disagrees is not timed: exit code 1.
     """
     if context.invoked_subcommand is not None:
         return
@@ -99,7 +109,7 @@ def bench(
         workers=opt.worker_count(workers, device, False, max_examples),
         gpus=gpus.placement(gpus.gpus_for(device)),
     )
-    times(plan, sizes, repetitions, as_json, console(no_color))
+    times(plan, sizes, schedule, repetitions, as_json, html, console(no_color))
 
 
 class Rate(Struct, frozen=True):

@@ -11,6 +11,7 @@ from msgspec import Struct
 from nsa_verify import __version__
 from nsa_verify.core.case import Mode
 from nsa_verify.core.findings import Outcome
+from nsa_verify.core.implementation import OPTIONAL_OUTPUTS
 from nsa_verify.engine.events import RunFinished, RunStarted
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.search import search
@@ -41,6 +42,7 @@ class Timing(Struct, frozen=True, kw_only=True):
     ``host`` is a call's time on the host, ``node`` its time on the device inside a captured graph (None where it may
     not be captured, or without a GPU), ``launches`` the nodes of that graph, ``syncs`` and ``allocations`` those of one
     call. ``live_bytes`` must move at least; ``floor_us`` is an empty node and those bytes at the measured bandwidth.
+    ``moved_bytes`` move at least by the write extent that the implementation declares.
     """
 
     implementation: str
@@ -52,6 +54,7 @@ class Timing(Struct, frozen=True, kw_only=True):
     syncs: int = 0
     allocations: int = 0
     live_bytes: int = 0
+    moved_bytes: int = 0
     floor_us: float = 0.0
     host_ratio: float | None = None
     """Times the host time of ``python-loop`` in the same mode at the same size, from the same repetitions."""
@@ -68,6 +71,9 @@ class Rejected(Struct, frozen=True):
     implementation: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.implementation} is not timed: it {self.reason}"
+
 
 class Timings(Struct, kw_only=True):
     """All that one run measured, and how."""
@@ -83,6 +89,8 @@ class Timings(Struct, kw_only=True):
     rejected: list[Rejected] = []
     interpreted: list[str] = []
     """Implementations that are not timed since their kernels only run in Triton's interpreter here."""
+    unscheduled: list[str] = []
+    """Implementations that are not timed since they do not write the paged-MQA schedule and its lengths."""
     timings: list[Timing] = []
 
 
@@ -135,12 +143,14 @@ def measured(ask: Ask, passed: Mapping[str, Collection[Mode]], told: Timings, de
     from nsa_verify.shell.expansions import expansions
 
     known = load(ask.plan.references)
-    chosen = [known[name] for name in passed]
+    asked_for = OPTIONAL_OUTPUTS if any(size.schedule for size in ask.sizes) else frozenset()
+    told.unscheduled = [name for name in passed if not asked_for <= known[name].optional_outputs]
+    chosen = [known[name] for name in passed if name not in told.unscheduled]
     floor = None
     if device == "cuda":
         floor = timing.floor(ask.repetitions)
         told.empty_node_us, told.bytes_per_us = floor.empty_node_us, floor.bytes_per_us
-    for size in ask.sizes:
+    for size in ask.sizes if chosen else ():
         for mode in ask.plan.modes:
             given = timing.work(size, mode, device, ask.plan.seed)
             subjects = [
@@ -149,21 +159,25 @@ def measured(ask: Ask, passed: Mapping[str, Collection[Mode]], told: Timings, de
                 if mode in passed[it.name] and it.not_applicable(given.setup, mode) is None
             ]
             timing.measure(subjects, device, ask.repetitions)
-            told.timings += _timings(subjects, str(mode), str(size), given.live_bytes, floor)
+            moved = {it.name: given.moved_bytes(known[it.name].extent, known[it.name].block) for it in subjects}
+            told.timings += _timings(subjects, str(mode), str(size), given.live_bytes, moved, floor)
             say(f"{mode}, {size}")
             del given, subjects
             timing.forget(device)
     for batch_size in ask.expansions if device == "cuda" else ():
         subjects, live_bytes = expansions(batch_size, device)
         timing.measure(subjects, device, ask.repetitions)
-        told.timings += _timings(subjects, EXPANSION, f"B {batch_size}", live_bytes, floor)
+        moved = {it.name: live_bytes for it in subjects}
+        told.timings += _timings(subjects, EXPANSION, f"B {batch_size}", live_bytes, moved, floor)
         say(f"{EXPANSION}, B {batch_size}")
 
 
 EXPANSION = "ragged expansion alone"
 
 
-def _timings(subjects: Sequence[Any], mode: str, size: str, live_bytes: int, floor: Any) -> Iterator[Timing]:
+def _timings(
+    subjects: Sequence[Any], mode: str, size: str, live_bytes: int, moved: Mapping[str, int], floor: Any
+) -> Iterator[Timing]:
     baseline = next((median(it.host_us) for it in subjects if it.name.startswith(BASELINE)), None)
     for it in subjects:
         host = Spread.of(it.host_us)
@@ -178,6 +192,7 @@ def _timings(subjects: Sequence[Any], mode: str, size: str, live_bytes: int, flo
             syncs=it.syncs,
             allocations=it.allocations,
             live_bytes=live_bytes,
+            moved_bytes=moved[it.name],
             floor_us=floor.us(live_bytes) if floor is not None else 0.0,
             host_ratio=baseline / host.median if baseline else None,
         )

@@ -27,6 +27,7 @@ def test_what_agrees_is_timed_beside_python_loop() -> None:
     loop, other = told["timings"]
     assert loop["host_ratio"] == 1
     assert other["host_ratio"] == pytest.approx(loop["host"]["median"] / other["host"]["median"])
+    assert loop["live_bytes"] == other["live_bytes"] <= loop["moved_bytes"] < other["moved_bytes"]
 
 
 def test_what_disagrees_is_not_timed(folder: Path) -> None:
@@ -37,6 +38,20 @@ def test_what_disagrees_is_not_timed(folder: Path) -> None:
     assert "short-top-k is not timed: it disagrees with the oracle (short-top-k [eager] NV101)" in done.stderr
     assert "short-top-k" not in done.stdout
     assert "vectorized" in done.stdout
+
+
+def test_the_schedule_is_refreshed_by_those_who_write_it(folder: Path) -> None:
+    with registry_of_its_own():
+        path = written(folder, name="plain", too_low=0)
+        done = invoke(*SMALL, "--schedule", "--impl", path, "--only", "plain", "--only", "vectorized")
+        alone = invoke(*SMALL, "--schedule", "--impl", path, "--only", "plain")
+    sentence = "left out, since they do not write both paged_mqa_schedule and paged_mqa_ctx_lens: plain"
+    assert done.exit_code == 0
+    title, _, row = done.stdout.splitlines()[-3:]
+    assert title.startswith("decode, B 2 W 64 to 20 with schedule")
+    assert row.startswith("vectorized ")
+    assert sentence in done.stdout.splitlines()
+    assert refused(alone) == f"nothing was timed: {sentence}"
 
 
 @pytest.mark.skipif(not NO_GPU, reason="a GPU compiles them")
@@ -67,6 +82,7 @@ def test_the_table_of_a_gpu() -> None:
         node=Spread(3.0, 2.5, 3.25),
         launches=1,
         live_bytes=4_000_000,
+        moved_bytes=6_000_000,
         floor_us=1.5,
         host_ratio=10.0,
     )
@@ -79,5 +95,5 @@ def test_the_table_of_a_gpu() -> None:
     assert names.split("  ")[0] == "implementation"
     cells = row.split("  ")
     assert [it.strip() for it in cells if it.strip()] == [
-        *("onepass", "20.00 (19.00-22.00)", "10.0", "3.00 (2.50-3.25)", "2.00", "1", "0", "0")
+        *("onepass", "20.00 (19.00-22.00)", "10.0", "3.00 (2.50-3.25)", "2.00", "6.00", "1", "0", "0")
     ]
