@@ -463,6 +463,12 @@ class Coverage(Struct):
         for key, count in other.counts.items():
             self.counts[key] = self.counts.get(key, 0) + count
 
+    def by_pair(self) -> Iterator[tuple[Pair, int]]:
+        """Every pair that a case had, a label alone as the pair of itself and itself, and how many cases had it."""
+        for key, count in self.counts.items():
+            first, second = divmod(key, len(LABELS))
+            yield (LABELS[first], LABELS[second]), count
+
     def of(self, label: Label) -> int:
         """How many cases had ``label``."""
         return self.of_pair((label, label))

@@ -148,6 +148,12 @@ def path_of(root: Path, kind: Kind, entry: Entry, slug: str) -> Path:
     return root / kind / entry.mode / file_name(entry, slug)
 
 
+def slug_of(path: Path) -> str:
+    """The slug in a file's name; of a name without a hash, as a person may choose it, the whole stem."""
+    found = _HASHED_STEM.fullmatch(path.stem)
+    return found["slug"] if found else path.stem
+
+
 def _digest(case: Any) -> str:
     canonical = json.dumps(case, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:HASH_DIGITS]
@@ -305,16 +311,33 @@ def save(root: Path, kind: Kind, entry: Entry, slug: str) -> Path:
     if the file cannot be written; the caller still has ``dumps(entry)`` to show.
     """
     path = path_of(root, kind, entry, slug)
+    with changing(root, path):
+        write(path, _with_older_provenance(path, entry))
+    return path
+
+
+@contextmanager
+def changing(root: Path, path: Path | None = None) -> Iterator[None]:
+    """Be the only one who changes the corpus ``root``, for as long as the ``with`` lasts: no longer than need be.
+
+    Raises ``CorpusError`` if that cannot be had, and for an ``OSError`` inside; ``path`` is what it is about.
+    """
     try:
         with _locked(root):
             _remove_leftovers(root)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = dumps(_with_older_provenance(path, entry)).encode()
-            if not path.is_file() or path.read_bytes() != text:
-                _write(path, text)
+            yield
     except OSError as error:
-        _unwritable(root, path, error)
-    return path
+        _unwritable(root, path or root, error)
+
+
+def write(path: Path, entry: Entry) -> bool:
+    """Make ``path`` the file of ``entry``, inside ``changing``, in one step; whether anything had to be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = dumps(entry).encode()
+    if path.is_file() and path.read_bytes() == text:
+        return False
+    _write(path, text)
+    return True
 
 
 @contextmanager
@@ -376,6 +399,7 @@ __all__ = [
     "Provenance",
     "SavedFinding",
     "case_hash",
+    "changing",
     "check_writable",
     "dumps",
     "file_name",
@@ -383,4 +407,6 @@ __all__ = [
     "path_of",
     "save",
     "scan",
+    "slug_of",
+    "write",
 ]

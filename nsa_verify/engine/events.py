@@ -302,6 +302,8 @@ class Group(Struct, frozen=True, kw_only=True):
     reliability: Reliability
     is_new: bool = True
     """Whether this campaign found it first."""
+    is_fixed: bool = False
+    """Whether its case agreed when it was replayed, and nothing like it was seen since."""
     accepted: str = ""
     """The reason that a baseline gives for it."""
 
@@ -321,6 +323,10 @@ class CampaignFinished(Struct, frozen=True):
     coverage: Coverage
     replaced: int
     exit_code: int = 0
+    failing: tuple[CaseReplayed, ...] = ()
+    """Regression cases that disagree again."""
+    unknown: int = 0
+    """Verdicts that are unknown: the check itself failed."""
     expired: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()

@@ -35,6 +35,8 @@ class Replayed(Struct, frozen=True):
     entry: Entry | None
     verdicts: tuple[Verdict, ...] = ()
     problem: str = ""
+    not_loaded: bool = False
+    """Whether it is an ERROR since the implementation that it was found in is not here; the others agree."""
 
 
 def replay_saved(plan: Plan, paths: list[Path]) -> Iterator[Hello | Replayed]:
@@ -75,15 +77,16 @@ def _open(path: Path) -> tuple[Entry | None, str]:
 def _status(path: Path, entry: Entry, verdicts: tuple[Verdict, ...], known: set[str], plan: Plan) -> Replayed:
     if any(verdict.outcome is Outcome.DISAGREE for verdict in verdicts):
         return Replayed(path, Status.FAILED, entry, verdicts)
-    problem = ""
+    problem, not_loaded = "", False
     if unknown := [verdict for verdict in verdicts if verdict.outcome is Outcome.UNKNOWN]:
         problem = f"{path}: {unknown[0].implementation}: {unknown[0].reason}"
     elif all(verdict.outcome is Outcome.NOT_APPLICABLE for verdict in verdicts):
         problem = f"{path}: no implementation of this run is applicable; choose others with --only or --impl"
     elif entry.finding is not None and not plan.only and entry.finding.implementation not in known:
+        not_loaded = True
         given = " ".join(f"--impl {reference}" for reference in entry.provenance.impl) or "--impl"
         problem = (
             f"{path}: was found in {entry.finding.implementation!r}, which is not loaded; give it with {given},"
             " or choose others with --only"
         )
-    return Replayed(path, Status.ERROR if problem else Status.FIXED, entry, verdicts, problem)
+    return Replayed(path, Status.ERROR if problem else Status.FIXED, entry, verdicts, problem, not_loaded)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,20 +13,19 @@ from nsa_verify import __version__
 from nsa_verify.core.case import Mode
 from nsa_verify.core.findings import Code, Outcome
 from nsa_verify.core.registry import ImplementationError
-from nsa_verify.engine.corpus import CorpusError, Provenance, check_writable
+from nsa_verify.engine.corpus import CorpusError, check_writable
 from nsa_verify.engine.events import Disagreement, Event, RunFinished, RunStarted, StopReason
-from nsa_verify.engine.inflight import RunFolder, recover
-from nsa_verify.engine.keeping import entry_of, keep
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.process import EngineError
-from nsa_verify.engine.search import search
+from nsa_verify.engine.saving import search_and_save
 from nsa_verify.shell import gpus
 from nsa_verify.shell import options as opt
 from nsa_verify.shell.bench_commands import bench
 from nsa_verify.shell.corpus_commands import corpus
 from nsa_verify.shell.doctor import doctor
+from nsa_verify.shell.fuzz_command import fuzz
 from nsa_verify.shell.mutants_command import mutants
-from nsa_verify.shell.options import ExitCode, Unable
+from nsa_verify.shell.options import ExitCode, Unable, command_line
 from nsa_verify.shell.render import explanation_lines
 from nsa_verify.shell.replay_command import replay
 from nsa_verify.shell.reporter import GuardedReporter, JsonReporter, TerminalReporter, console, say
@@ -156,35 +153,10 @@ def _events(plan: Plan, root: Path) -> Iterator[Event]:
         chosen["max-time"] = f"{plan.max_time_s:g} s"
     if plan.only:
         chosen["only"] = ",".join(plan.only)
-    device = plan.device
-
-    def provenance() -> Provenance:
-        return Provenance(version=__version__, seed=plan.seed, command=_command(), device=device, impl=plan.references)
-
-    left = recover(root)
     try:
-        with RunFolder(root) as folder:
-
-            def note(found: Disagreement) -> None:
-                folder.remember(found.signature, entry_of(found, provenance()))
-
-            def kept(found: Disagreement) -> Disagreement:
-                told = keep(found, root, provenance())
-                if told.path is not None:
-                    folder.forget(found.signature)
-                return told
-
-            plan = msgspec.structs.replace(plan, folder=str(folder.path))
-            for event in search(plan, kept, __version__, chosen, note, left):
-                if isinstance(event, RunStarted):
-                    device = event.device
-                yield event
+        yield from search_and_save(plan, root, __version__, chosen, command_line())
     except DeviceError as error:
         raise Unable(str(error)) from error
-
-
-def _command() -> str:
-    return shlex.join(["nsa-verify", *sys.argv[1:]])
 
 
 def exit_code(finished: RunFinished, started: RunStarted, plan: Plan, unsaved: Sequence[str]) -> tuple[ExitCode, str]:
@@ -226,3 +198,4 @@ cli.add_command(replay)
 cli.add_command(corpus)
 cli.add_command(doctor)
 cli.add_command(mutants)
+cli.add_command(fuzz)

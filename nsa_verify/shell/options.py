@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +32,11 @@ class Unable(click.ClickException):
     """Ends the command with one sentence and exit code 2."""
 
     exit_code = ExitCode.UNABLE
+
+
+def command_line() -> str:
+    """The command as it was given."""
+    return shlex.join(["nsa-verify", *sys.argv[1:]])
 
 
 class Group(click.Group):

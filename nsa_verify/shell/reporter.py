@@ -225,7 +225,7 @@ class TerminalReporter:
         rows = matrix_rows(event.matrix, started.subjects, started.executors, self._plan.modes)
         if len(rows) > 1:
             self._line()
-            self._matrix(rows)
+            print_matrix(self._out, rows)
             for line in [*reason_lines(event.matrix), *tally_lines(event.tally)]:
                 self._line(line)
         if self._plan.coverage and event.cases:
@@ -253,18 +253,20 @@ class TerminalReporter:
         for found in sorted(self._found, key=lambda it: it.signature):
             self._line(f"  {found.signature}  {found.path or 'NOT SAVED'}")
 
-    def _matrix(self, rows: Sequence[Sequence[str]]) -> None:
-        if not self._out.is_terminal:
-            for line in columns(rows):
-                self._line(line)
-            return
-        # A table, because on a narrow terminal it folds its cells; Text, because square brackets are no markup.
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in rows[0]:
-            table.add_column(Text(name), overflow="fold", min_width=len(name))
-        for row in rows[1:]:
-            table.add_row(*(Text(cell, _cell_style(cell)) for cell in row))
-        self._out.print(table)
+
+def print_matrix(out: Console, rows: Sequence[Sequence[str]]) -> None:
+    """The rows of ``matrix_rows``: a table on a terminal, plain lines elsewhere."""
+    if not out.is_terminal:
+        for line in columns(rows):
+            say(out, line)
+        return
+    # A table, because on a narrow terminal it folds its cells; Text, because square brackets are no markup.
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in rows[0]:
+        table.add_column(Text(name), overflow="fold", min_width=len(name))
+    for row in rows[1:]:
+        table.add_row(*(Text(cell, _cell_style(cell)) for cell in row))
+    out.print(table)
 
 
 def _cell_style(cell: str) -> str:

@@ -1,0 +1,367 @@
+"""A campaign: many searches over one corpus, each over a share of what there is, until the time is up.
+
+Saved cases come first. Then slices: a slice is a search with a seed of its own, so that no two draw the same cases, and
+what it finds is shrunk before the next one begins. What was found before is told again and not shrunk again. Everything
+that a later campaign goes on from is in the corpus after each slice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from nsa_verify.core.case import size_of
+from nsa_verify.core.findings import Finding, Outcome, Signature
+from nsa_verify.core.labels import possible_pairs
+from nsa_verify.engine.corpus import Entry, Kind, Provenance, SavedFinding, scan
+from nsa_verify.engine.events import (
+    CampaignFinished,
+    CampaignStarted,
+    CaseReplayed,
+    CheckFailed,
+    Disagreement,
+    DisagreementSeen,
+    Event,
+    Group,
+    Matrix,
+    Reliability,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    SliceFinished,
+    SliceStarted,
+    StopReason,
+    Tally,
+)
+from nsa_verify.engine.keeping import entry_of, keep
+from nsa_verify.engine.messages import Hello
+from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.record import Record, recorded, save_record
+from nsa_verify.engine.replaying import Replayed, Status, replay_saved
+from nsa_verify.engine.saving import search_and_save
+from nsa_verify.engine.sharing import Choice, choose
+from nsa_verify.engine.triage import Baseline, Bug, Saved, groups
+
+CHANGE: Final = "change"
+BATCH: Final = "batch"
+ENDLESS: Final = 10_000_000
+"""Cases of a slice: its time ends it."""
+SLICES: Final = 20
+"""Slices that a campaign is meant to have; each starts workers anew, and shrinks what it found."""
+SHORTEST_SLICE_S: Final = 20.0
+LONGEST_SLICE_S: Final = 600.0
+RATE_POINTS: Final = 400
+"""Points of the curve of cases over time that are kept."""
+
+
+class Ask(Struct, frozen=True, kw_only=True):
+    """A campaign's options. ``plan`` says what all its searches have in common, ``slice_s`` of 0 is chosen here."""
+
+    kind: str
+    plan: Plan
+    root: Path
+    budget_s: float
+    version: str
+    command: str
+    environment: dict[str, str] = {}
+    baseline: Baseline = Baseline()
+    slice_s: float = 0.0
+
+
+class Totals(Struct):
+    """What the campaign gave so far."""
+
+    cases: int = 0
+    seconds: float = 0.0
+    replaced: int = 0
+    matrix: Matrix = msgspec.field(default_factory=Matrix)
+    tally: Tally = msgspec.field(default_factory=Tally)
+    rates: list[tuple[float, int]] = []
+    new: set[Bug] = set()
+    """Groups that this campaign found first."""
+    findings: dict[Bug, tuple[Finding, Reliability]] = {}
+    """What its own searches say of groups, in more detail than the corpus has."""
+    executors: dict[Bug, set[str]] = {}
+    failing: list[CaseReplayed] = []
+    """Regression cases that disagree again."""
+    fixed: set[Path] = set()
+    """Crashing cases that agree now."""
+    unknown: int = 0
+    problems: list[str] = []
+
+
+def campaign(ask: Ask) -> Iterator[Event]:
+    """Run it. Raises as ``search`` does, and ``CorpusError``.
+
+    Ctrl-C ends the search that is running as it ends any, and then the campaign.
+    """
+    began = time.monotonic()
+    totals = Totals()
+    with recorded(ask.root) as record:
+        if not record.slices:
+            record.seed = ask.plan.seed
+        yield CampaignStarted(
+            version=ask.version,
+            command=ask.command,
+            kind=ask.kind,
+            seed=record.seed,
+            budget_s=ask.budget_s,
+            workers=ask.plan.workers,
+            corpus=ask.root,
+            slices=record.slices,
+            environment=ask.environment,
+        )
+        stop = yield from _replay(ask, record, totals)
+        if stop is None:
+            stop = yield from _slices(ask, record, totals, began)
+        yield _finished(ask, record, totals, stop, time.monotonic() - began)
+
+
+def _replay(ask: Ask, record: Record, totals: Totals) -> Generator[Event, None, StopReason | None]:
+    """Saved cases first: what disagrees again is not new, and what was mended must stay so."""
+    paths = [path for kind in (Kind.REGRESSION, Kind.CRASHING) for path in _files(ask.root / kind)]
+    if not paths:
+        return None
+    now = _now()
+    try:
+        for told in replay_saved(replace(ask.plan, workers=min(ask.plan.workers, len(paths))), paths):
+            if isinstance(told, Hello) or told.not_loaded:
+                continue
+            event = CaseReplayed(told.path, told.status, told.entry.title if told.entry else "", told.problem)
+            yield event
+            if told.status is Status.ERROR:
+                totals.problems.append(told.problem)
+            elif told.status is Status.FAILED:
+                _see_again(ask, record, totals, told, event, now)
+            else:
+                totals.fixed.add(told.path)
+    except KeyboardInterrupt:
+        return StopReason.INTERRUPTED
+    save_record(ask.root, record)
+    return StopReason.NEW if ask.kind == CHANGE and totals.failing else None
+
+
+def _see_again(ask: Ask, record: Record, totals: Totals, told: Replayed, event: CaseReplayed, now: str) -> None:
+    assert told.entry is not None
+    if told.path.is_relative_to(ask.root / Kind.REGRESSION):
+        totals.failing.append(event)
+        return
+    for verdict in told.verdicts:
+        if verdict.primary is not None:
+            bug = Bug.of(SavedFinding.of(verdict.primary))
+            totals.findings.setdefault(bug, (verdict.primary, Reliability(1, 1)))
+            totals.executors.setdefault(bug, set()).add(verdict.executor)
+            record.see(bug, verdict.primary.signature_in(True), now)
+
+
+def _files(folder: Path) -> list[Path]:
+    return list(scan(folder)) if folder.is_dir() else []
+
+
+def _slices(ask: Ask, record: Record, totals: Totals, began: float) -> Generator[Event, None, StopReason]:
+    deadline = began + ask.budget_s
+    length = ask.slice_s or min(max(ask.budget_s / SLICES, SHORTEST_SLICE_S), LONGEST_SLICE_S)
+    loaded: tuple[str, ...] = ask.plan.only
+    executors = ask.plan.executors
+    while (left := deadline - time.monotonic()) > 0:
+        number = record.slices
+        choice = Choice(ask.plan.modes, (), executors)
+        if executors:
+            choice = choose(record.shares, number, record.seed, ask.plan.modes, loaded, executors)
+        plan = _plan(ask, record, choice, number, min(length, left))
+        ended: RunFinished | None = None
+        yield SliceStarted(number, plan.max_time_s, choice.modes, choice.implementations or loaded, choice.executors)
+        for event in search_and_save(plan, ask.root, ask.version, {}, ask.command, _saver(record, totals)):
+            if isinstance(event, RunStarted):
+                loaded = loaded or tuple(it.name for it in event.subjects)
+                executors = executors or event.executors
+            elif isinstance(event, RoundFinished):
+                _mark_rate(totals, time.monotonic() - began, totals.cases + event.cases_done)
+            elif isinstance(event, DisagreementSeen) and event.signature in plan.known:
+                _see_known(record, event.signature)
+            elif isinstance(event, CheckFailed):
+                totals.unknown += 1
+            elif isinstance(event, RunFinished):
+                ended = event
+            yield event
+        assert ended is not None
+        totals.seconds = time.monotonic() - began
+        choice = replace(choice, implementations=choice.implementations or loaded)
+        yield _count(ask, record, totals, choice, ended, plan)
+        if ended.stop is StopReason.INTERRUPTED:
+            return StopReason.INTERRUPTED
+        if ask.kind == CHANGE and totals.new - _accepted(ask, totals.new):
+            return StopReason.NEW
+    return StopReason.TIME
+
+
+def _plan(ask: Ask, record: Record, choice: Choice, number: int, seconds: float) -> Plan:
+    return replace(
+        ask.plan,
+        seed=Random(f"{record.seed}/slice/{number}").getrandbits(32),
+        max_examples=ENDLESS,
+        max_time_s=seconds,
+        modes=choice.modes,
+        only=choice.implementations or ask.plan.only,
+        executors=choice.executors,
+        coverage=True,
+        detail=True,
+        known=tuple(signature for it in record.sightings.values() for signature in it.signatures),
+        until_new=ask.kind == CHANGE,
+    )
+
+
+def _saver(record: Record, totals: Totals) -> Callable[[Disagreement, Path, Provenance], Disagreement]:
+    def save(found: Disagreement, root: Path, provenance: Provenance) -> Disagreement:
+        """One file for each group: the smaller of the case that it has and this one."""
+        bug = Bug.of(SavedFinding.of(found.finding))
+        older = groups(root)[0].get(bug, [])
+        told = found
+        if older and not _is_smaller(entry_of(found, provenance), older[0]):
+            told = replace(found, path=older[0].path)
+        else:
+            told = keep(found, root, provenance)
+            for it in older if told.path is not None else ():
+                if it.path != told.path:
+                    it.path.unlink(missing_ok=True)
+        if told.path is not None:
+            if record.see(bug, found.signature, _now()):
+                totals.new.add(bug)
+            totals.findings[bug] = found.finding, found.reliability
+            totals.executors.setdefault(bug, set()).add(found.finding.executor)
+        return told
+
+    return save
+
+
+def _is_smaller(entry: Entry, older: Saved) -> bool:
+    return (len(entry.before), size_of(entry.case)) < (len(older.entry.before), size_of(older.entry.case))
+
+
+def _see_known(record: Record, signature: Signature) -> None:
+    now = _now()
+    for it in record.sightings.values():
+        if signature in it.signatures:
+            it.last_seen, it.seen = now, it.seen + 1
+
+
+def _count(ask: Ask, record: Record, totals: Totals, choice: Choice, ended: RunFinished, plan: Plan) -> SliceFinished:
+    """Count a slice in, and save what the next campaign goes on from."""
+    totals.cases += ended.cases
+    totals.replaced += ended.replaced
+    totals.matrix.add(ended.matrix)
+    totals.tally.add(ended.tally)
+    coverage = record.coverage
+    before = len(coverage.counts)
+    coverage.add(ended.coverage)
+    record.coverage = coverage
+    new_pairs = len(coverage.counts) - before
+    found = groups(ask.root)[0]
+    record.forget_all_but({str(bug) for bug in found})
+    accused = {it.implementation for it in ended.signatures if it not in plan.known}
+    for kind, names in (("modes", choice.modes), ("executors", choice.executors)):
+        for name in names:
+            record.shares.count(kind, name, ended.cases, new_pairs / 100 + len(accused))
+    for name in choice.implementations:
+        record.shares.count("implementations", name, ended.cases, float(name in accused))
+    record.slices += 1
+    record.cases += ended.cases
+    record.seconds += ended.seconds
+    save_record(ask.root, record)
+    possible = possible_pairs(tuple(ask.plan.modes))
+    return SliceFinished(
+        number=record.slices - 1,
+        slice_cases=ended.cases,
+        new_pairs=new_pairs,
+        cases=totals.cases,
+        seconds=totals.seconds,
+        groups=len(found),
+        pairs=sum(1 for pair in possible if coverage.of_pair(pair)),
+        possible_pairs=len(possible),
+        replaced=totals.replaced,
+    )
+
+
+def _mark_rate(totals: Totals, seconds: float, cases: int) -> None:
+    """A point of the curve; when there are many, every second one goes."""
+    totals.rates.append((round(seconds, 1), cases))
+    if len(totals.rates) > RATE_POINTS:
+        totals.rates = totals.rates[::2]
+
+
+def _accepted(ask: Ask, bugs: set[Bug]) -> set[Bug]:
+    return {bug for bug in bugs if ask.baseline.accepts(bug) is not None}
+
+
+def _finished(ask: Ask, record: Record, totals: Totals, stop: StopReason, seconds: float) -> CampaignFinished:
+    found, problems = groups(ask.root)
+    here = {name for name, _, _ in totals.matrix.cells}
+    told = tuple(_group(ask, record, totals, bug, saved[0]) for bug, saved in found.items())
+    told = tuple(it for it in told if it.implementation in here or it.is_new)
+    open_groups = [it for it in told if not it.accepted and not it.is_fixed]
+    problems = [*totals.problems, *problems]
+    code = 0
+    if open_groups or totals.failing:
+        code = 1
+    elif problems or totals.unknown or totals.matrix.total(Outcome.UNKNOWN) or not totals.cases:
+        code = 2
+    if stop is StopReason.INTERRUPTED:
+        code = 130
+    return CampaignFinished(
+        stop=stop,
+        cases=totals.cases,
+        seconds=seconds,
+        matrix=totals.matrix,
+        tally=totals.tally.in_order(),
+        groups=told,
+        coverage=record.coverage,
+        replaced=totals.replaced,
+        exit_code=code,
+        failing=tuple(totals.failing),
+        unknown=totals.unknown,
+        expired=tuple(f"{it} ({it.reason}; {it.expires})" for it in ask.baseline.expired()),
+        unmatched=tuple(f"{it} ({it.reason})" for it in ask.baseline.unmatched(found)),
+        problems=tuple(problems),
+        rates=tuple(totals.rates),
+    )
+
+
+def _group(ask: Ask, record: Record, totals: Totals, bug: Bug, saved: Saved) -> Group:
+    finding, reliability = totals.findings.get(bug, (None, None))
+    origin = saved.entry.provenance
+    accepted = ask.baseline.accepts(bug)
+    sighting = record.sightings.get(str(bug))
+    return Group(
+        implementation=bug.implementation,
+        code=bug.code,
+        mode=bug.mode,
+        place=bug.place,
+        path=saved.path,
+        case=saved.entry.case,
+        finding=finding or _finding_of(saved),
+        executors=tuple(sorted(totals.executors.get(bug, {saved.finding.executor}))),
+        first_seen=origin.date or (sighting.first_seen if sighting else ""),
+        last_seen=sighting.last_seen if sighting else origin.date,
+        seen=sighting.seen if sighting else 0,
+        reliability=reliability or Reliability(origin.failed or 0, origin.attempts or 0),
+        is_new=bug in totals.new,
+        is_fixed=saved.path in totals.fixed and bug not in totals.findings,
+        accepted=accepted.reason if accepted else "",
+    )
+
+
+def _finding_of(saved: Saved) -> Finding:
+    """What the corpus has of it."""
+    return Finding(**{name: getattr(saved.finding, name) for name in SavedFinding.__struct_fields__})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

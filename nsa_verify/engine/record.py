@@ -1,0 +1,129 @@
+"""What a corpus remembers of campaigns: how far they came, what they covered, when each group was seen.
+
+It lies at ``<corpus>/.fuzz/campaign.json``, is replaced in one step after every search, and a campaign that is killed
+loses at most the counts of the search that it was in: what that one found is in the corpus or in its own folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+from filelock import FileLock, Timeout
+from msgspec import Struct
+
+from nsa_verify.core.findings import Signature
+from nsa_verify.core.labels import LABELS, Coverage, Pair
+from nsa_verify.engine.corpus import CorpusError
+from nsa_verify.engine.sharing import Shares
+from nsa_verify.engine.triage import Bug
+
+FOLDER: Final = ".fuzz"
+FILE: Final = "campaign.json"
+
+
+class Sighting(Struct):
+    """When one group was seen; ``signatures`` are those that turned out to be it once they were shrunk."""
+
+    first_seen: str
+    last_seen: str
+    seen: int = 0
+    signatures: list[Signature] = []
+
+
+class Record(Struct, forbid_unknown_fields=True):
+    """Everything that campaigns over one corpus have in common. ``sightings`` are by ``str`` of their ``Bug``."""
+
+    format: Literal["nsa-verify-campaign"] = "nsa-verify-campaign"
+    version: Literal[1] = 1
+    seed: int = 0
+    slices: int = 0
+    cases: int = 0
+    seconds: float = 0.0
+    shares: Shares = msgspec.field(default_factory=Shares)
+    sightings: dict[str, Sighting] = {}
+    pairs: dict[str, int] = {}
+    """Cases by pair of labels; ``label`` alone for a pair of itself."""
+
+    @property
+    def coverage(self) -> Coverage:
+        """What ``pairs`` say; labels that this version does not know are left out."""
+        places = {label: place for place, label in enumerate(LABELS)}
+        counts: dict[int, int] = {}
+        for text, count in self.pairs.items():
+            first, _, second = text.partition(" & ")
+            if first in places and (second or first) in places:
+                counts[places[first] * len(LABELS) + places[second or first]] = count
+        return Coverage(counts)
+
+    @coverage.setter
+    def coverage(self, found: Coverage) -> None:
+        """Keep it by the names of labels, which stay what they are from version to version."""
+        self.pairs = {_text(pair): count for pair, count in sorted(found.by_pair())}
+
+    def see(self, bug: Bug, signature: Signature | None, when: str) -> bool:
+        """Count a sighting of ``bug``; whether it is the first."""
+        known = self.sightings.get(str(bug))
+        if known is None:
+            known = self.sightings[str(bug)] = Sighting(first_seen=when, last_seen=when)
+        is_first = known.seen == 0
+        known.last_seen, known.seen = when, known.seen + 1
+        if signature is not None and signature not in known.signatures:
+            known.signatures.append(signature)
+        return is_first
+
+    def forget_all_but(self, bugs: set[str]) -> None:
+        """Drop the sightings of groups that are not in the corpus any more: seen again, they are new."""
+        self.sightings = {bug: it for bug, it in self.sightings.items() if bug in bugs}
+
+
+def _text(pair: Pair) -> str:
+    return pair[0] if pair[0] == pair[1] else f"{pair[0]} & {pair[1]}"
+
+
+@contextmanager
+def recorded(root: Path) -> Iterator[Record]:
+    """The record of the corpus ``root``, for one campaign at a time. Raises ``CorpusError``."""
+    folder = root / FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise CorpusError(f"{root}: another campaign is running on this corpus; wait for it, or end it") from None
+    except OSError as error:
+        raise CorpusError(
+            f"{folder}: cannot be written: {error.strerror}; give another folder with --corpus"
+        ) from error
+    try:
+        yield _read(folder / FILE)
+    finally:
+        lock.release()
+
+
+def _read(path: Path) -> Record:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Record)
+    except FileNotFoundError:
+        return Record()
+    except (OSError, msgspec.MsgspecError) as error:
+        sentence = f"{path}: cannot be read: {error}; remove it: counts begin again, and no saved case is lost"
+        raise CorpusError(sentence) from error
+
+
+def save_record(root: Path, record: Record) -> None:
+    """Replace the file in one step. Raises ``CorpusError``."""
+    path = root / FOLDER / FILE
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(record, order="sorted"), indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be written: {error.strerror}; make room there") from error

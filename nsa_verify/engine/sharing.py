@@ -1,0 +1,81 @@
+"""How a campaign shares its time: what finds new things, or is behind, gets more of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Final, TypeVar
+
+from msgspec import Struct
+
+from nsa_verify.core.case import Mode
+
+Name = TypeVar("Name", bound=str)
+
+ALL_EVERY: Final = 3
+"""Every so many slices have everything: pairs of modes, and implementations side by side on the same cases."""
+FADING: Final = 0.8
+"""What a slice found counts that much less after the next one."""
+
+
+class Share(Struct):
+    """What one mode, implementation or executor was given so far, and what came of it."""
+
+    cases: int = 0
+    news: float = 0.0
+    """New groups and new pairs of labels, the older the less."""
+
+
+class Shares(Struct):
+    """The shares of modes, implementations and executors, by name."""
+
+    modes: dict[str, Share] = {}
+    implementations: dict[str, Share] = {}
+    executors: dict[str, Share] = {}
+
+    def count(self, kind: str, name: str, cases: int, news: float) -> None:
+        """Count a slice in."""
+        share = getattr(self, kind).setdefault(name, Share())
+        share.cases += cases
+        share.news = FADING * share.news + news
+
+
+class Choice(Struct, frozen=True):
+    """What a slice is over; ``implementations`` of () are all."""
+
+    modes: tuple[Mode, ...]
+    implementations: tuple[str, ...]
+    executors: tuple[str, ...]
+
+
+def choose(
+    shares: Shares, number: int, seed: int, modes: Sequence[Mode], names: Sequence[str], executors: Sequence[str]
+) -> Choice:
+    """What slice ``number`` is over, of ``modes``, implementations ``names`` and ``executors``, which are not empty.
+
+    The first slice and every third has everything. The others have half of the modes and of the implementations, those
+    with few cases and with news preferred, and one slice in four a single executor. A function of its arguments.
+    """
+    chance = Random(f"{seed}/share/{number}")  # a string is hashed alike in every process and version
+    if number % ALL_EVERY == 0 or not names:
+        return Choice(tuple(modes), (), tuple(executors))
+    few = _some(chance, shares.executors, executors, 1) if chance.random() < 0.25 else tuple(executors)
+    return Choice(
+        modes=_some(chance, shares.modes, modes, -(-len(modes) // 2)),
+        implementations=_some(chance, shares.implementations, names, -(-len(names) // 2)),
+        executors=few,
+    )
+
+
+def _some(chance: Random, shares: dict[str, Share], names: Sequence[Name], count: int) -> tuple[Name, ...]:
+    """``count`` of ``names`` in their order, drawn by weight without repetition."""
+    average = sum(shares.get(name, Share()).cases for name in names) / len(names)
+    # The usual way to draw by weight without repetition: the largest of u ** (1 / weight).
+    keys = {name: chance.random() ** (1.0 / _weight(shares.get(name, Share()), average)) for name in names}
+    chosen = sorted(names, key=lambda name: -keys[name])[:count]
+    return tuple(name for name in names if name in chosen)
+
+
+def _weight(share: Share, average: float) -> float:
+    behind = (average + 1.0) / (share.cases + 1.0)
+    return behind * (1.0 + share.news)

@@ -1,0 +1,138 @@
+"""``nsa-verify fuzz``: a campaign, for minutes before a merge or for the night."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import click
+
+from nsa_verify import __version__
+from nsa_verify.core.registry import ImplementationError
+from nsa_verify.engine.campaign import BATCH, CHANGE, Ask, campaign
+from nsa_verify.engine.corpus import CorpusError, check_writable
+from nsa_verify.engine.events import CampaignFinished, Disagreement, Event
+from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.process import EngineError
+from nsa_verify.engine.triage import Baseline
+from nsa_verify.shell import gpus
+from nsa_verify.shell import options as opt
+from nsa_verify.shell.fuzz_reporter import FuzzReporter
+from nsa_verify.shell.options import ExitCode, Unable, command_line
+from nsa_verify.shell.reporter import GuardedReporter, console
+
+BUDGETS: Final = {CHANGE: "10m", BATCH: "6h"}
+
+
+@click.command()
+@click.option("--max-time", metavar="TIME", help="How long: 90s, 15m or 6h. [default: 10m for change, 6h for batch]")
+@click.option(
+    "--mode",
+    "kind",
+    type=click.Choice(list(BUDGETS)),
+    default=BATCH,
+    help="batch uses all of its time; change ends at the first finding that is new. [default: batch]",
+)
+@click.option("--baseline", metavar="FILE", help="Findings that are accepted until a date; see docs/nightly.md.")
+@click.option(
+    "--slice", "slice_time", default="0", metavar="TIME", help="How long each search is. [default: by --max-time]"
+)
+@click.option(
+    "--seed", type=click.IntRange(0), help="Of a new campaign; one that goes on keeps its own. [default: random]"
+)
+@opt.together(opt.IMPL, opt.ONLY, opt.EXECUTOR, opt.DEVICE, opt.WORKERS, opt.NO_ISOLATION, opt.DEADLINE, opt.MAX_MEMORY)
+@opt.together(opt.CORPUS, opt.NO_COLOR)
+def fuzz(
+    max_time: str | None,
+    kind: str,
+    baseline: str | None,
+    slice_time: str,
+    seed: int | None,
+    references: tuple[str, ...],
+    only: tuple[str, ...],
+    executors: tuple[str, ...],
+    device: str,
+    workers: str,
+    no_isolation: bool,
+    deadline: str,
+    max_memory: str,
+    corpus: str,
+    no_color: bool,
+) -> None:
+    """Search for a given time with many workers, and go on from what the corpus has of earlier campaigns.
+
+    Saved cases are replayed first. Modes, implementations and executors that are behind, or find new things, get more
+    of the time. Findings are grouped; each group has one minimal case in the corpus. Exit code 1 if any group is open
+    that no baseline accepts.
+    """
+    budget = opt.seconds("--max-time", max_time or BUDGETS[kind])
+    if not budget:
+        raise Unable(f"--max-time {max_time}: give a campaign some time, such as 15m or 6h")
+    plan = Plan(
+        seed=secrets.randbelow(2**32) if seed is None else seed,
+        executors=tuple(dict.fromkeys(executors)),
+        device=device,
+        references=references,
+        only=only,
+        isolate=not no_isolation,
+        deadline_s=opt.seconds("--deadline", deadline),
+        memory_bytes=opt.size("--max-memory", max_memory),
+        workers=opt.worker_count(workers, device, no_isolation, 1000),
+        gpus=gpus.placement(gpus.gpus_for(device)),
+    )
+    reporter = GuardedReporter(FuzzReporter(console(no_color), plan))
+    code, problem = ExitCode.UNABLE, ""
+    try:
+        check_writable(Path(corpus))
+        ask = Ask(
+            kind=kind,
+            plan=plan,
+            root=Path(corpus),
+            budget_s=budget,
+            version=__version__,
+            command=command_line(),
+            baseline=Baseline.read(Path(baseline)) if baseline else Baseline(),
+            slice_s=opt.seconds("--slice", slice_time),
+        )
+        code, problem = _listen(ask, reporter)
+    except (CorpusError, EngineError, ImplementationError, Unable) as error:
+        problem = str(error)
+    finally:
+        reporter.close(code, problem)
+    if problem:
+        click.echo(problem if code is ExitCode.INTERRUPTED else f"Error: {problem}", err=True)
+    raise SystemExit(code)
+
+
+def _listen(ask: Ask, reporter: GuardedReporter) -> tuple[ExitCode, str]:
+    finished: CampaignFinished | None = None
+    unsaved = ""
+    try:
+        for event in _events(ask):
+            reporter.handle(event)
+            if isinstance(event, CampaignFinished):
+                finished = event
+            elif isinstance(event, Disagreement):
+                unsaved = unsaved or event.problem
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED, "interrupted twice: the next campaign saves what is not saved"
+    assert finished is not None
+    if unsaved:
+        return ExitCode.UNABLE, unsaved
+    code = ExitCode(finished.exit_code)
+    problem = ""
+    if code is ExitCode.UNABLE:
+        problem = next(iter(finished.problems), "some verdicts are unknown: the check itself failed, see above")
+        problem = problem if finished.cases else "nothing was tested; give it more time with --max-time"
+    return code, problem
+
+
+def _events(ask: Ask) -> Iterator[Event]:
+    from nsa_verify.device.select import DeviceError
+
+    try:
+        yield from campaign(ask)
+    except DeviceError as error:
+        raise Unable(str(error)) from error
