@@ -35,11 +35,8 @@ _LENGTHS = 32
 """Requests per program that writes lengths, usually."""
 _EARLIER = 256
 """Requests that are summed at a time."""
-_SEARCHED = 64
+_SEARCHED = 32
 """Requests that entries of the schedule are compared with at a time."""
-_ENTRIES = 32
-"""Entries of the schedule per program."""
-
 # tl.sum and its like are functions of Triton code, and the interpreter patches the whole language at every such call
 # (0.8 ms); their combine functions given to tl.reduce are not called at all there.
 _SUM = tl.standard._sum_combine
@@ -61,7 +58,7 @@ def refresh(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup
 
     shape = _shape(batch_size, setup, inputs.seq_lens, len(steps))
     heads = triton.cdiv(batch_size, shape.lengths)
-    searchers = triton.cdiv(setup.num_sms + 1, _ENTRIES) if schedules else 0
+    searchers = triton.cdiv(setup.num_sms + 1, shape.entries) if schedules else 0
     _refresh[(heads + searchers + triton.cdiv(batch_size, shape.requests), shape.turns)](
         inputs.seq_lens,
         inputs.seq_lens.stride(0),
@@ -98,7 +95,7 @@ def refresh(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup
         LENGTHS=shape.lengths,
         EARLIER=_EARLIER,
         SEARCHED=_SEARCHED,
-        ENTRIES=_ENTRIES,
+        ENTRIES=shape.entries,
         REQUESTS=shape.requests,
         COLUMNS=shape.columns,
         PAGES=max(shape.columns // 16, 1),
@@ -115,6 +112,8 @@ class _Shape(NamedTuple):
     """Programs along a row."""
     lengths: int
     """Requests per program that writes lengths."""
+    entries: int
+    """Entries of the schedule per program."""
 
 
 def _shape(batch_size: int, setup: Setup, seq_lens: Tensor, steps: int) -> _Shape:
@@ -125,10 +124,11 @@ def _shape(batch_size: int, setup: Setup, seq_lens: Tensor, steps: int) -> _Shap
     for a small one.
     """
     if not seq_lens.is_cuda:
-        return _Shape(16, 128, min(triton.cdiv(setup.table_width, 128), 2), _LENGTHS)
-    columns, programs, lengths = (512, 1584, _LENGTHS) if steps == 1 else (256, 528, 8)
+        return _Shape(16, 128, min(triton.cdiv(setup.table_width, 128), 2), _LENGTHS, 32)
+    columns, programs = (512, 1584) if steps == 1 else (256, 528)
+    lengths = _LENGTHS if steps <= 4 else 8
     turns = max(min(triton.cdiv(setup.table_width, columns), programs // batch_size), 1)
-    return _Shape(1, columns, turns, lengths)
+    return _Shape(1, columns, turns, lengths, 4)
 
 
 def _strides(destinations: Sequence[Tensor]) -> tuple[int, ...]:
