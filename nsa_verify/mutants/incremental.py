@@ -63,7 +63,7 @@ INCREMENTAL: Final[tuple[Mutant, ...]] = (
         },
         codes=(Code.STALE,),
         seen_by=(EAGER,),
-        size=Size(replays=2, rows=2, length=2),
+        size=Size(replays=2, rows=4, length=4),
     ),
     Mutant(
         name="row-moved-up-when-the-first-left",
@@ -82,7 +82,7 @@ INCREMENTAL: Final[tuple[Mutant, ...]] = (
         },
         codes=LEFT,
         seen_by=(EAGER,),
-        size=Size(replays=2, rows=2, length=2),
+        size=Size(replays=3, rows=4, length=4),
     ),
     Mutant(
         name="only-those-that-joined",

@@ -8,7 +8,7 @@ from nsa_verify.core.findings import Code
 from nsa_verify.mutants.mutant import EAGER, LEFT, Mutant, Size
 
 _COPIED_ROW: Final = "    row = block * LANES + tl.arange(0, LANES)\n"
-_COPY_GRID: Final = "    _copy_everywhere[(triton.cdiv(rows, tiles.rows), tiles.turns)](\n"
+_LANES_GRID: Final = "(triton.cdiv(batch_size * bound, _LANES), programs)"
 _REACH: Final = "    reach = tl.minimum(kv_len, width)\n"
 _POOL_ROW: Final = (
     "    pool_row = tl.load(pool_indices + request * pool_stride, mask=held, other=0).to(tl.int64)\n"
@@ -41,7 +41,7 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
     Mutant(
         name="tile-offset-missing",
         kind="block offset missing in a tiled kernel",
-        trigger="a request longer than one tile of 128 columns",
+        trigger="a request longer than one tile of 128 columns, of 512 on a GPU",
         module="precomputed_batched_copy",
         changes={
             "        column = offset + start\n        live = column[None, :] < reach[:, None]": (
@@ -49,14 +49,14 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
             )
         },
         codes=(*LEFT, Code.INVARIANT),
-        size=Size(replays=1, rows=1, length=129),
+        size=Size(replays=1, rows=1, length=513),
     ),
     Mutant(
         name="last-block-not-launched",
         kind="grid rounded down",
-        trigger="more expanded rows than one block of 32, and no multiple of it",
-        module="precomputed_batched_copy",
-        changes={_COPY_GRID: "    _copy_everywhere[(max(rows // tiles.rows, 1), tiles.turns)](\n"},
+        trigger="more requests and tokens than the 32 lanes of a program, and no multiple of it",
+        module="triton_inplace",
+        changes={_LANES_GRID: "(max(batch_size * bound // _LANES, 1), programs)"},
         codes=(*LEFT, Code.INVARIANT),
         size=Size(replays=1, rows=40, length=1),  # rows come in groups of N
     ),
@@ -93,14 +93,14 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
     Mutant(
         name="last-block-not-masked",
         kind="mask missing on the last block",
-        trigger="fewer expanded rows than a multiple of 32",
+        trigger="fewer expanded rows than a multiple of a block",
         module="precomputed_batched_copy",
         changes={
             "tl.store(to_nsa_cache_seqlens[step] + row, clamped, mask=defined)": (
                 "tl.store(to_nsa_cache_seqlens[step] + row, clamped)"
             )
         },
-        codes=(Code.GUARD_WRITTEN,),
+        codes=(Code.GUARD_WRITTEN, Code.FRAME_WRITTEN),  # the latter where blocks are of one row, as on a GPU
     ),
     Mutant(
         name="rows-past-the-total-copied",
@@ -170,7 +170,7 @@ _ADDRESSES: Final[tuple[Mutant, ...]] = (
         module="triton_inplace",
         changes={" + kv_sum\n": " + kv_sum\n            kv_ends = kv_ends.to(tl.int16)\n"},
         codes=(Code.INVARIANT,),
-        size=Size(replays=1, rows=8, length=32768),
+        size=Size(replays=1, rows=40, length=32768),  # fewer rows, or shorter ones: neither leads to the other
     ),
     Mutant(
         name="row-offset-in-16-bits",
