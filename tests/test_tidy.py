@@ -40,7 +40,7 @@ LAYERS: Final = {
     "nsa_verify.kernels": _layer("nsa_verify nsa_verify.core", "torch triton"),
     "nsa_verify.strategies": _layer("nsa_verify nsa_verify.core", "hypothesis"),
     "nsa_verify.mutants": _layer("nsa_verify nsa_verify.core", ""),
-    "nsa_verify.device": _layer("nsa_verify nsa_verify.core", "msgspec torch triton"),
+    "nsa_verify.device": _layer("nsa_verify nsa_verify.core", "msgspec torch triton triton_viz numpy"),
     "nsa_verify.engine": _layer(
         "nsa_verify nsa_verify.core nsa_verify.strategies nsa_verify.mutants nsa_verify.engine.worker",
         "msgspec filelock hypothesis",

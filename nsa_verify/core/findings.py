@@ -23,6 +23,7 @@ class Code(StrEnum):
     GUARD_WRITTEN = "NV201"
     FRAME_WRITTEN = "NV202"
     INPUT_MUTATED = "NV203"
+    OUT_OF_BOUNDS = "NV204"
     ILLEGAL_IN_CAPTURE = "NV301"
     FROZEN = "NV302"
     MOVED = "NV303"
@@ -100,6 +101,14 @@ EXPLANATIONS: Final[dict[Code, Explanation]] = {
         "An in-place += of the draft tokens, a clamp_ on the input, a workspace that aliases an input.",
         "Compute into a buffer of your own; the engine reads its inputs again.",
     ),
+    Code.OUT_OF_BOUNDS: Explanation(
+        "read outside every buffer",
+        "A kernel read memory that belongs to no tensor. What it read may change nothing, so that only nsa-verify"
+        " replay --sanitizer sees it; in an engine such a read can hit memory that is not mapped, and end the process.",
+        "A load without a mask, or masked by another bound than that of what it reads; the last tile of a row; an index"
+        " past the batch.",
+        "Mask the load by what its source holds; the line is that of the load.",
+    ),
     Code.ILLEGAL_IN_CAPTURE: Explanation(
         "illegal while a graph is captured",
         "Inside the captured region the implementation did what CUDA refuses there: it read device data on the host,"
@@ -147,8 +156,8 @@ EXPLANATIONS: Final[dict[Code, Explanation]] = {
         " implementation where it died, if that can be told.",
         "A load or store without a mask, a 32-bit offset that wraps, a pointer to memory that was freed, a grid or a"
         " length taken from a tensor that was not written.",
-        "Run the case alone under compute-sanitizer, or with --no-isolation under a debugger; look at the masks and at"
-        " the widths of the products in addresses first.",
+        "Run the case with nsa-verify replay --sanitizer memcheck (oob on the CPU), or with --no-isolation under a"
+        " debugger; look at the masks and at the widths of the products in addresses first.",
     ),
     Code.HANG: Explanation(
         "the implementation does not return",
@@ -209,6 +218,7 @@ SEVERITY: Final = (
     Code.FROZEN,
     Code.INPUT_MUTATED,
     Code.GUARD_WRITTEN,
+    Code.OUT_OF_BOUNDS,
     Code.FRAME_WRITTEN,
     Code.INVARIANT,
     Code.POISON,
@@ -230,11 +240,58 @@ class Cell(Struct, frozen=True):
     differs: bool = False
 
 
+class Square(Struct, frozen=True, array_like=True):
+    """One cell of a picture: what it holds, what it should hold, and what it held when the replay began."""
+
+    region: str
+    """As in a finding: live, slack, frame, guard or input."""
+    expected: int
+    got: int
+    before: int
+    differs: bool = False
+
+
+class Picture(Struct, frozen=True, kw_only=True):
+    """A buffer as a replay left it, or the part of it around the first difference.
+
+    Behind the buffer's own ``columns``, or below its ``rows``, come cells that lie between rows, and the first ones of
+    the guard zone. ``squares`` has the rows from ``first_row`` on, each from ``first_column`` on; there are none where
+    other pictures have taken all the room.
+    """
+
+    buffer: str
+    kind: str
+    """``buffer``, ``guard`` for the zone behind one, or ``input``."""
+    step: int | None
+    owner: str
+    """The mode and bucket whose buffer it is, if they are not those of the replay."""
+    aliases: tuple[str, ...]
+    """Under which other names it goes in this replay."""
+    rows: int
+    columns: int
+    wrong: int
+    """Cells of the whole buffer that are wrong."""
+    first_row: int = 0
+    first_column: int = 0
+    squares: tuple[tuple[Square, ...], ...] = ()
+
+
 def place_of(code: Code, buffer: str | None, region: str | None, message: str) -> str:
     """What ``Finding.place`` is for these of its fields."""
     if buffer is None:
         return message.partition(":")[0] if code is Code.EXCEPTION else ""
-    return f"{buffer} {region}" if region else buffer
+    return f"{buffer} {_SIDES.get(region, region)}" if region else buffer
+
+
+_SIDES: Final = {"live": "inside", "slack": "inside", "frame": "outside", "guard": "outside"}
+"""Where a wrong cell is: among those that may be written, or beyond them. Which of the two regions it is on a side
+depends on the case, as one request's columns are another one's slack."""
+
+
+def symptom_of(code: Code, place: str) -> str:
+    """What two findings of one bug have in common: its place, and its code, where it makes no difference whether an
+    earlier replay or nothing was there before."""
+    return f"{Code.STALE if code is Code.POISON else code} {place}".rstrip()
 
 
 class Finding(Struct, frozen=True, kw_only=True):
@@ -268,8 +325,13 @@ class Finding(Struct, frozen=True, kw_only=True):
 
     @property
     def place(self) -> str:
-        """The buffer and the kind of region; of an exception its type, since it has neither."""
+        """The buffer and the side of it; of an exception its type, since it has neither."""
         return place_of(self.code, self.buffer, self.region, self.message)
+
+    @property
+    def symptom(self) -> str:
+        """Its code and place, as far as they tell bugs apart."""
+        return symptom_of(self.code, self.place)
 
     def signature_in(self, detail: bool) -> Signature:
         """``signature``, and in ``detail`` with the place, which keeps several bugs of one implementation apart."""
@@ -317,6 +379,8 @@ class Verdict(Struct, frozen=True, kw_only=True):
     reason: str = ""
     fallbacks: tuple[str, ...] = ()
     compile_keys: frozenset[str] = frozenset()
+    pictures: tuple[Picture, ...] = ()
+    """The buffers of the replay that disagrees, if they were asked for."""
 
     @property
     def primary(self) -> Finding | None:

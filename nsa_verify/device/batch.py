@@ -19,14 +19,15 @@ JOBS_BETWEEN_WAITS: Final = {"cuda": 16, "cpu": 1}
 
 
 class Job(NamedTuple):
-    """A case, and the pairs of implementation and executor that are judged on it; ``repeat``, ``delay`` and ``fresh``
-    are ``repeat``, ``delay`` and ``afresh`` of ``Judge.judge``."""
+    """A case, and the pairs of implementation and executor that are judged on it; ``repeat``, ``delay``, ``fresh`` and
+    ``picture`` are ``repeat``, ``delay``, ``afresh`` and ``picture`` of ``Judge.judge``."""
 
     case: Case
     pairs: Sequence[tuple[Implementation, Executor]]
     repeat: bool = True
     delay: bool = True
     fresh: bool = True
+    picture: bool = False
 
 
 def judge_batch(jobs: Sequence[Job], device: str, careful: bool = False) -> Iterator[tuple[int, int, Verdict]]:
@@ -54,7 +55,8 @@ def _carefully(jobs: Sequence[Job], device: str) -> Iterator[tuple[int, int, Ver
         judge = Judge(job.case, device, careful=True)
         for pair, (implementation, executor) in enumerate(job.pairs):
             marks.take(number, pair)
-            yield number, pair, judge.judge(implementation, executor, job.repeat, job.delay, job.fresh)
+            verdict = judge.judge(implementation, executor, job.repeat, job.delay, job.fresh, picture=job.picture)
+            yield number, pair, verdict
 
 
 def _swiftly(jobs: Sequence[Job], first: int, device: str) -> Iterator[tuple[int, int, Verdict]]:
@@ -96,9 +98,9 @@ def _looked_at(judge: Judge, job: Job, pair: int, screened: Screened | None, dou
     """The verdict of a pair that was not screened, or did not come out of it clean."""
     implementation, executor = job.pairs[pair]
     if screened is None:
-        return judge.judge(implementation, executor, job.repeat, job.delay, job.fresh)
+        return judge.judge(implementation, executor, job.repeat, job.delay, job.fresh, picture=job.picture)
     if screened.kept:
         # What an implementation did for other cases since its graphs were captured is no fault of this one.
         judge.rig.keeping(KeptGraphs).forget(implementation)
         doubts = ()
-    return judge.judge(implementation, executor, job.repeat, job.delay, doubts=doubts)
+    return judge.judge(implementation, executor, job.repeat, job.delay, doubts=doubts, picture=job.picture)

@@ -220,9 +220,14 @@ def _window(snapshot: Snapshot, zone: Zone, index: int) -> Iterator[Cell]:
     for at in range(index - WINDOW * unit, index + WINDOW * unit + 1, unit):
         if not low <= at < high:
             continue
-        region, got = int(snapshot.classes[at]), int(snapshot.after[at])
-        before, wanted = int(snapshot.before[at]), int(snapshot.wanted[at])
-        allowed = (region != FRAME and got == wanted) or (region != LIVE and got == before)
-        expected = before if region == FRAME else wanted
-        name = zone.kind if zone.kind != "buffer" else _REGIONS[region].value
+        region, wanted = int(snapshot.classes[at]), int(snapshot.wanted[at])
+        before, got = int(snapshot.before[at]), int(snapshot.after[at])
+        name, expected, allowed = region_of(zone, region, wanted, before, got)
         yield Cell(_element(snapshot.layout, zone, at), name, expected, got, not allowed)
+
+
+def region_of(zone: Zone, region: int, wanted: int, before: int, got: int) -> tuple[str, int, bool]:
+    """The region of a cell of ``zone`` by name, what it should hold, and whether it may hold what it does."""
+    allowed = (region != FRAME and got == wanted) or (region != LIVE and got == before)
+    expected = before if region == FRAME else wanted
+    return zone.kind if zone.kind != "buffer" else _REGIONS[region].value, expected, allowed

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from nsa_verify.core.case import Case
-from nsa_verify.core.findings import SEVERITY, Code, Finding, Outcome, Verdict
+from nsa_verify.core.findings import SEVERITY, Code, Finding, Outcome, Picture, Verdict
 from nsa_verify.core.implementation import Implementation, Refresh, take_fallbacks
 from nsa_verify.core.invariants import content_of, violations
 from nsa_verify.core.marks import Phase, note
@@ -35,6 +35,7 @@ from nsa_verify.device.health import refuse_dead, settle
 from nsa_verify.device.images import ImageKey, is_allowed
 from nsa_verify.device.kept import KeptGraphs
 from nsa_verify.device.launches import announce_compilations
+from nsa_verify.device.picturing import pictures
 from nsa_verify.device.pool import Difference
 from nsa_verify.device.rig import Rig, rig_for
 from nsa_verify.device.select import DeviceError, resolve
@@ -108,6 +109,8 @@ class Judge:
         self.case = case
         self._device, self._careful = device, careful and device == "cuda"
         self._delay = False
+        self._picture = False
+        self._pictures: tuple[Picture, ...] = ()
         self._images: dict[ImageKey, Image] = {}
         if device == "cuda":
             announce_compilations()
@@ -127,6 +130,7 @@ class Judge:
         delay: bool = True,
         afresh: bool = True,
         doubts: Sequence[Doubt] = (),
+        picture: bool = False,
     ) -> Verdict:
         """The verdict. A fault of the checker itself is ``unknown``, never ``agree``.
 
@@ -134,12 +138,13 @@ class Judge:
         of a case run behind a long kernel, on CUDA. With ``afresh`` the graphs were captured together, for the keys of
         this case and in its order; without, graphs that other cases captured may serve.
         ``doubts`` were seen when the pair was screened, with graphs that were captured for it: they are no less true if
-        they are not seen again.
+        they are not seen again. With ``picture`` the verdict has the buffers of the replay whose content is wrong.
         """
         said, served = self.applicable(implementation, executor)
         if not served:
             return said
         self._delay = delay and len(served) > 1
+        self._picture, self._pictures = picture, ()
         try:
             settle(self._device, implementation)
             run = self._run(implementation, executor, served, repeat, afresh)
@@ -160,6 +165,7 @@ class Judge:
             findings=tuple(findings),
             fallbacks=run.fallbacks,
             compile_keys=run.compile_keys,
+            pictures=self._pictures,
         )
 
     def applicable(self, implementation: Implementation, executor: Executor) -> tuple[Verdict, list[int]]:
@@ -384,6 +390,8 @@ class Judge:
             first = findings[0]
             message = f"the first call was right; after a second with the same inputs: {first.message}"
             findings.insert(0, replace(first, code=Code.NOT_IDEMPOTENT, message=message))
+        if self._picture:
+            self._pictures = pictures(snapshot, findings[0])
         return findings
 
     def _pool_difference(

@@ -7,21 +7,24 @@ that a later campaign goes on from is in the corpus after each slice.
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
 from nsa_verify.core.case import size_of
-from nsa_verify.core.findings import Finding, Outcome, Signature
+from nsa_verify.core.findings import Finding, Outcome
 from nsa_verify.core.labels import possible_pairs
-from nsa_verify.engine.corpus import Entry, Kind, Provenance, SavedFinding, scan
+from nsa_verify.engine.corpus import CorpusError, Entry, Kind, Provenance, SavedFinding, dumps, scan
 from nsa_verify.engine.events import (
     CampaignFinished,
     CampaignStarted,
@@ -41,6 +44,7 @@ from nsa_verify.engine.events import (
     StopReason,
     Tally,
 )
+from nsa_verify.engine.filing import put_instead
 from nsa_verify.engine.keeping import entry_of, keep
 from nsa_verify.engine.messages import Hello
 from nsa_verify.engine.plan import Plan
@@ -122,7 +126,8 @@ def campaign(ask: Ask) -> Iterator[Event]:
         stop = yield from _replay(ask, record, totals)
         if stop is None:
             stop = yield from _slices(ask, record, totals, began)
-        yield _finished(ask, record, totals, stop, time.monotonic() - began)
+        with _deferred([]):
+            yield _finished(ask, record, totals, stop, time.monotonic() - began)
 
 
 def _replay(ask: Ask, record: Record, totals: Totals) -> Generator[Event, None, StopReason | None]:
@@ -171,6 +176,7 @@ def _slices(ask: Ask, record: Record, totals: Totals, began: float) -> Generator
     length = ask.slice_s or min(max(ask.budget_s / SLICES, SHORTEST_SLICE_S), LONGEST_SLICE_S)
     loaded: tuple[str, ...] = ask.plan.only
     executors = ask.plan.executors
+    asked: list[int] = []
     while (left := deadline - time.monotonic()) > 0:
         number = record.slices
         choice = Choice(ask.plan.modes, (), executors)
@@ -179,28 +185,56 @@ def _slices(ask: Ask, record: Record, totals: Totals, began: float) -> Generator
         plan = _plan(ask, record, choice, number, min(length, left))
         ended: RunFinished | None = None
         yield SliceStarted(number, plan.max_time_s, choice.modes, choice.implementations or loaded, choice.executors)
-        for event in search_and_save(plan, ask.root, ask.version, {}, ask.command, _saver(record, totals)):
-            if isinstance(event, RunStarted):
-                loaded = loaded or tuple(it.name for it in event.subjects)
-                executors = executors or event.executors
-            elif isinstance(event, RoundFinished):
-                _mark_rate(totals, time.monotonic() - began, totals.cases + event.cases_done)
-            elif isinstance(event, DisagreementSeen) and event.signature in plan.known:
-                _see_known(record, event.signature)
-            elif isinstance(event, CheckFailed):
-                totals.unknown += 1
-            elif isinstance(event, RunFinished):
-                ended = event
-            yield event
+        has_started = False
+        try:
+            for event in search_and_save(plan, ask.root, ask.version, {}, ask.command, _saver(record, totals)):
+                if isinstance(event, RunStarted):
+                    has_started = True
+                    loaded = loaded or tuple(it.name for it in event.subjects)
+                    executors = executors or event.executors
+                elif isinstance(event, RunFinished):
+                    ended = event
+                _listen(record, totals, plan, event, began)
+                yield event
+        except KeyboardInterrupt:
+            if has_started:  # the second one: the first ends the search with what it has
+                raise
+            return StopReason.INTERRUPTED
         assert ended is not None
         totals.seconds = time.monotonic() - began
         choice = replace(choice, implementations=choice.implementations or loaded)
-        yield _count(ask, record, totals, choice, ended, plan)
-        if ended.stop is StopReason.INTERRUPTED:
+        with _deferred(asked):
+            yield _count(ask, record, totals, choice, ended, plan)
+        if asked or ended.stop is StopReason.INTERRUPTED:
             return StopReason.INTERRUPTED
         if ask.kind == CHANGE and totals.new - _accepted(ask, totals.new):
             return StopReason.NEW
     return StopReason.TIME
+
+
+def _listen(record: Record, totals: Totals, plan: Plan, event: Event, began: float) -> None:
+    if isinstance(event, RoundFinished):
+        _mark_rate(totals, time.monotonic() - began, totals.cases + event.cases_done)
+    elif isinstance(event, DisagreementSeen) and event.signature in plan.known:
+        record.see_again(event.signature, _now())
+    elif isinstance(event, CheckFailed):
+        totals.unknown += 1
+
+
+@contextmanager
+def _deferred(asked: list[int]) -> Iterator[None]:
+    """Between two searches Ctrl-C and SIGTERM are noted in ``asked``; during a search they are the crew's."""
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        usual_handlers: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        for number, usual in usual_handlers.items():
+            if signal.getsignal(number) is usual:
+                handlers[number] = signal.signal(number, lambda it, _: asked.append(it))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _plan(ask: Ask, record: Record, choice: Choice, number: int, seconds: float) -> Plan:
@@ -223,17 +257,16 @@ def _saver(record: Record, totals: Totals) -> Callable[[Disagreement, Path, Prov
     def save(found: Disagreement, root: Path, provenance: Provenance) -> Disagreement:
         """One file for each group: the smaller of the case that it has and this one."""
         bug = Bug.of(SavedFinding.of(found.finding))
-        older = groups(root)[0].get(bug, [])
-        told = found
-        if older and not _is_smaller(entry_of(found, provenance), older[0]):
-            told = replace(found, path=older[0].path)
-        else:
-            told = keep(found, root, provenance)
-            for it in older if told.path is not None else ():
-                if it.path != told.path:
-                    it.path.unlink(missing_ok=True)
+        known = groups(root)[0]
+        other = None if bug in known else record.same(bug, found.symptoms, known)
+        if other is not None:
+            record.see(other, found.signature, _now())
+            totals.executors.setdefault(other, set()).add(found.finding.executor)
+            return replace(found, path=known[other][0].path, same_as=str(other))
+        older = known.get(bug, [])
+        told = _replaced(found, root, entry_of(found, provenance), older[0]) if older else keep(found, root, provenance)
         if told.path is not None:
-            if record.see(bug, found.signature, _now()):
+            if record.see(bug, found.signature, _now(), found.symptoms):
                 totals.new.add(bug)
             totals.findings[bug] = found.finding, found.reliability
             totals.executors.setdefault(bug, set()).add(found.finding.executor)
@@ -242,15 +275,19 @@ def _saver(record: Record, totals: Totals) -> Callable[[Disagreement, Path, Prov
     return save
 
 
+def _replaced(found: Disagreement, root: Path, entry: Entry, older: Saved) -> Disagreement:
+    """``found`` in the place of the group's case, if it is smaller than that."""
+    path = older.path
+    if _is_smaller(entry, older):
+        try:
+            path = put_instead(root, older.path, older.entry, Kind.CRASHING, entry)
+        except CorpusError as error:
+            return replace(found, problem=str(error), json=dumps(entry))
+    return replace(found, path=path)
+
+
 def _is_smaller(entry: Entry, older: Saved) -> bool:
     return (len(entry.before), size_of(entry.case)) < (len(older.entry.before), size_of(older.entry.case))
-
-
-def _see_known(record: Record, signature: Signature) -> None:
-    now = _now()
-    for it in record.sightings.values():
-        if signature in it.signatures:
-            it.last_seen, it.seen = now, it.seen + 1
 
 
 def _count(ask: Ask, record: Record, totals: Totals, choice: Choice, ended: RunFinished, plan: Plan) -> SliceFinished:

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from nsa_verify.core.case import Case, Mode
-from nsa_verify.core.findings import Code, Finding, Outcome, Signature, Verdict
+from nsa_verify.core.findings import Code, Finding, Outcome, Picture, Signature, Verdict
 from nsa_verify.core.labels import Coverage
 
 
@@ -138,15 +138,25 @@ class WorkersReady(Struct, frozen=True):
     seconds: float
 
 
+class Observed(Struct, frozen=True):
+    """One case that was judged: who disagreed on it, why verdicts are unknown, and how many pairs ran it."""
+
+    case: Case
+    disagreed: tuple[Signature, ...] = ()
+    unknown: tuple[str, ...] = ()
+    ran: int = 0
+
+
 class RoundFinished(Struct, frozen=True):
     """A round of cases was judged. ``cases_done`` counts all rounds so far; ``digest`` identifies its cases, ``spent``
-    says what took how many seconds."""
+    says what took how many seconds. ``observed`` has every case of it, if that was asked for."""
 
     round: int
     cases: int
     cases_done: int
     digest: str
     spent: dict[str, float] = {}
+    observed: tuple[Observed, ...] = ()
 
 
 class DisagreementSeen(Struct, frozen=True):
@@ -188,8 +198,14 @@ class Disagreement(Struct, frozen=True):
     note: str = ""
     before: tuple[Case, ...] = ()
     """Cases to run first, in the same process, for a disagreement that does not show alone."""
+    symptoms: tuple[str, ...] = ()
+    """Everything that the minimal case shows, ``Finding.symptom`` of each; of a case as it was drawn nothing."""
+    same_as: str = ""
+    """The group of a campaign that it turned out to be, and which was there before; ``path`` is that one's then."""
     json: str = ""
     """The corpus entry itself where it could not be saved, so that nothing is lost."""
+    pictures: tuple[Picture, ...] = ()
+    """The buffers of the replay that disagrees, if they were asked for and the case was shrunk."""
 
 
 class Recovered(Struct, frozen=True):

@@ -60,6 +60,14 @@ class Judging(ABC):
         finally:
             self._heeds = True
 
+    def pictured(self, case: Case, pair: Pair) -> Verdict:
+        """The verdict on one case with its pictures, also when everything was asked to stop; a death has none."""
+        self._heeds = False
+        try:
+            return self.judge([Task(case, (pair,), picture=True)]).judgements[0][0].verdict
+        finally:
+            self._heeds = True
+
     def _judged(self, case: Case, pair: Pair) -> Verdict | None:
         judged = self.judge([Task(case, (pair,))]).judgements
         return judged[0][0].verdict if judged else None

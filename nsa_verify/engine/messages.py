@@ -55,6 +55,8 @@ class Task(Struct, frozen=True):
     delay: bool = True
     fresh: bool = True
     """Whether graphs are captured for this case alone; else those of earlier cases may serve it."""
+    picture: bool = False
+    """Whether verdicts that disagree have ``Verdict.pictures``."""
 
 
 class Prepare(Struct, frozen=True, tag=True):

@@ -66,6 +66,10 @@ class Plan(Struct, frozen=True, kw_only=True):
     """Features that no case has (``nsa_verify.strategies.Feature``)."""
     coverage: bool = False
     """Whether it is counted which labels the cases have (``nsa_verify.core.labels``)."""
+    observe: bool = False
+    """Whether it is told of every case who disagreed on it (``nsa_verify.engine.events.Observed``)."""
+    pictures: bool = False
+    """Whether the buffers of minimal cases are brought along (``nsa_verify.core.findings.Picture``)."""
     detail: bool = False
     """Whether findings of one code are told apart by their buffer and region, each shrunk for itself."""
     known: tuple[Signature, ...] = ()

@@ -7,7 +7,7 @@ loses at most the counts of the search that it was in: what that one found is in
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
@@ -27,12 +27,18 @@ FILE: Final = "campaign.json"
 
 
 class Sighting(Struct):
-    """When one group was seen; ``signatures`` are those that turned out to be it once they were shrunk."""
+    """When one group was seen.
+
+    ``signatures`` are those that turned out to be it once they were shrunk, ``symptoms`` what its minimal case shows.
+    """
 
     first_seen: str
     last_seen: str
     seen: int = 0
+    """In how many slices."""
+    last_slice: int = -1
     signatures: list[Signature] = []
+    symptoms: list[str] = []
 
 
 class Record(Struct, forbid_unknown_fields=True):
@@ -65,16 +71,41 @@ class Record(Struct, forbid_unknown_fields=True):
         """Keep it by the names of labels, which stay what they are from version to version."""
         self.pairs = {_text(pair): count for pair, count in sorted(found.by_pair())}
 
-    def see(self, bug: Bug, signature: Signature | None, when: str) -> bool:
-        """Count a sighting of ``bug``; whether it is the first."""
+    def same(self, bug: Bug, symptoms: Iterable[str], others: Iterable[Bug]) -> Bug | None:
+        """Which of ``others`` the minimal case of ``bug``, which shows ``symptoms``, is another sight of, if any.
+
+        It is one bug if the minimal case of either shows what the other one is known by: no smaller case of the one
+        was without the other. Two bugs that show in different cases stay apart.
+        """
+        shown = set(symptoms)
+        for other in others:
+            if other.implementation == bug.implementation:
+                known = self.sightings.get(str(other))
+                if other.symptom in shown or (known is not None and bug.symptom in known.symptoms):
+                    return other
+        return None
+
+    def see(self, bug: Bug, signature: Signature, when: str, symptoms: Iterable[str] = ()) -> bool:
+        """Count a sighting of ``bug``, whose minimal case shows ``symptoms``; whether it is the first."""
         known = self.sightings.get(str(bug))
         if known is None:
             known = self.sightings[str(bug)] = Sighting(first_seen=when, last_seen=when)
         is_first = known.seen == 0
-        known.last_seen, known.seen = when, known.seen + 1
-        if signature is not None and signature not in known.signatures:
+        self._count(known, when)
+        if signature not in known.signatures:
             known.signatures.append(signature)
+        known.symptoms = list(dict.fromkeys((*known.symptoms, *symptoms)))
         return is_first
+
+    def see_again(self, signature: Signature, when: str) -> None:
+        """Count a sighting of whatever group ``signature`` turned out to be."""
+        for known in self.sightings.values():
+            if signature in known.signatures:
+                self._count(known, when)
+
+    def _count(self, known: Sighting, when: str) -> None:
+        known.seen += known.last_slice != self.slices
+        known.last_seen, known.last_slice = when, self.slices
 
     def forget_all_but(self, bugs: set[str]) -> None:
         """Drop the sightings of groups that are not in the corpus any more: seen again, they are new."""

@@ -48,7 +48,7 @@ def replay_saved(plan: Plan, paths: list[Path]) -> Iterator[Hello | Replayed]:
         said = crew.hello(plan)
         yield said
         known = {subject.name for subject in said.subjects}
-        opened = [(path, *_open(path)) for path in paths]
+        opened = [(path, *opened_entry(path)) for path in paths]
         promises: list[Promise[list[Verdict]] | None] = [None] * len(opened)
         for index, (path, entry, problem) in enumerate(opened):
             ahead = range(index, min(len(opened), index + 2 * crew.workers))
@@ -62,19 +62,21 @@ def replay_saved(plan: Plan, paths: list[Path]) -> Iterator[Hello | Replayed]:
                 continue
             verdicts = crew.result(*crew.wait([promise]))
             if verdicts is not None:
-                yield _status(path, entry, tuple(verdicts), known, plan)
+                yield status_of(path, entry, tuple(verdicts), known, plan)
             if crew.interrupted:
                 raise KeyboardInterrupt
 
 
-def _open(path: Path) -> tuple[Entry | None, str]:
+def opened_entry(path: Path) -> tuple[Entry | None, str]:
+    """What a file holds, or the sentence that says what is wrong with it."""
     try:
         return load(path), ""
     except CorpusError as error:
         return None, str(error)
 
 
-def _status(path: Path, entry: Entry, verdicts: tuple[Verdict, ...], known: set[str], plan: Plan) -> Replayed:
+def status_of(path: Path, entry: Entry, verdicts: tuple[Verdict, ...], known: set[str], plan: Plan) -> Replayed:
+    """What became of a saved case by the verdicts of the implementations that the run has, ``known`` by name."""
     if any(verdict.outcome is Outcome.DISAGREE for verdict in verdicts):
         return Replayed(path, Status.FAILED, entry, verdicts)
     problem, not_loaded = "", False

@@ -207,7 +207,7 @@ def _round(plan: Plan, state: _State, result: RoundResult, note: Callable[[Disag
             pair = it.finding.implementation, it.finding.executor
             state.deaths[pair] += DEATHS_BORNE if it.finding.code is Code.HANG else 1
     said = digest([f"{pair} {said}" for pair, said in sorted(result.digests.items())])
-    yield RoundFinished(result.index, result.cases, state.cases, said, result.spent)
+    yield RoundFinished(result.index, result.cases, state.cases, said, result.spent, tuple(result.observed))
     for unjudged in result.unjudged:
         verdict = unjudged.verdict
         yield CheckFailed(verdict.implementation, verdict.executor, verdict.reason, unjudged.case)
@@ -299,6 +299,8 @@ def _minimal(seen: Seen, result: ShrinkResult | None, note: str = "") -> Disagre
         probes=result.probes,
         note=note if result.stopped else (lonely if result.stable else unstable),
         before=tuple(result.before),
+        symptoms=tuple(result.symptoms),
+        pictures=result.pictures,
     )
 
 

@@ -23,11 +23,11 @@ import msgspec
 from msgspec import Struct
 
 from nsa_verify.core.case import Case, size_of
-from nsa_verify.core.findings import Code, Finding, Outcome, Signature, Verdict
+from nsa_verify.core.findings import Code, Finding, Outcome, Picture, Signature, Verdict
 from nsa_verify.core.labels import Coverage
 from nsa_verify.core.spent import DRAW, TRANSPORT, WAIT, spending, taken
 from nsa_verify.engine.drawing import draw_round, shrink_round
-from nsa_verify.engine.events import Cell, Matrix, Reliability, Tally
+from nsa_verify.engine.events import Cell, Matrix, Observed, Reliability, Tally
 from nsa_verify.engine.isolation import Inside, Keeper
 from nsa_verify.engine.messages import Hello, Judgement, Pair, Task
 from nsa_verify.engine.plan import EAGER, ROUND_CASES, Plan, digest
@@ -42,6 +42,8 @@ FRESH_EVERY = 32
 """The same for capturing graphs afresh where those of earlier cases would serve."""
 SIMPLIFYING_PROBES = 200
 """How many cases are tried after Hypothesis's shrink."""
+PICTURE_RUNS = 3
+"""How often a case is run to have its buffers, if it does not disagree every time."""
 SEQUENCE_PROBES = 60
 """How often a sequence of cases is run to make it shorter."""
 LEFT_OUT = "not run again: it killed its worker, or hung, in earlier rounds"
@@ -85,6 +87,8 @@ class RoundResult(Struct):
     """Seconds of the searcher by name, and of its worker by name with ``worker: `` in front."""
     coverage: Coverage = msgspec.field(default_factory=Coverage)
     """Empty if the plan does not ask for it."""
+    observed: list[Observed] = []
+    """Empty if the plan does not ask for it."""
 
 
 class ShrinkResult(Struct):
@@ -102,6 +106,10 @@ class ShrinkResult(Struct):
     replaced: int = 0
     before: list[Case] = []
     """Cases to run first, for a death that does not come alone."""
+    symptoms: list[str] = []
+    """Everything that the case shows, ``Finding.symptom`` of each."""
+    pictures: tuple[Picture, ...] = ()
+    """Empty if the plan does not ask for them."""
 
 
 START_TIMEOUT_S = 300.0
@@ -253,6 +261,8 @@ def _round_result(
             _leave_out(result, task.case, pair)
         if plan.coverage:
             result.coverage.count(task.case)
+        if plan.observe:
+            result.observed.append(_observed(task.case, judgements, plan.detail))
         result.cases += 1
     result.spent = taken() | {f"worker: {name}": seconds for name, seconds in keeper.spent.items()}
     keeper.spent.clear()
@@ -320,18 +330,18 @@ def shrink(plan: Plan, index: int, seen: Seen, hint: Case | None = None) -> Shri
         return _shorten(plan, seen)
     keeper, signature = keeper_of(plan), seen.signature
     device = keeper.hello().device
-    shown: list[tuple[Case, Finding]] = []
+    shown: list[tuple[Case, Verdict]] = []
     """The smallest that showed it so far by our measure, and the last."""
     probes, replaced = 0, keeper.replaced
 
     def shows(case: Case) -> bool:
         nonlocal probes
         probes += 1
-        primary = _verdict_of(keeper, case, signature).primary
-        if primary is None or primary.signature_in(plan.detail) != signature:
+        verdict = _verdict_of(keeper, case, signature)
+        if verdict.primary is None or verdict.primary.signature_in(plan.detail) != signature:
             return False
-        smallest = shown[0] if shown and size_of(shown[0][0]) < size_of(case) else (case, primary)
-        shown[:] = [smallest, (case, primary)]
+        smallest = shown[0] if shown and size_of(shown[0][0]) < size_of(case) else (case, verdict)
+        shown[:] = [smallest, (case, verdict)]
         return True
 
     stable, stopped = True, False
@@ -347,9 +357,22 @@ def shrink(plan: Plan, index: int, seen: Seen, hint: Case | None = None) -> Shri
         return None
     # The last is the minimal case, which is what a person would have written; a shrink that was cut short, or went
     # astray, ends anywhere.
-    case, finding = shown[-1] if stable and not stopped else shown[0]
+    case, verdict = shown[-1] if stable and not stopped else shown[0]
+    finding, symptoms = verdict.findings[0], [it.symptom for it in verdict.findings]
     reliability = _reliability(keeper, case, signature)
-    return ShrinkResult(case, finding, probes, stable, reliability, stopped, keeper.replaced - replaced)
+    drawn = pictures_of(plan, case, signature) if plan.pictures and not stopped else ()
+    died = keeper.replaced - replaced
+    return ShrinkResult(case, finding, probes, stable, reliability, stopped, died, pictures=drawn, symptoms=symptoms)
+
+
+def pictures_of(plan: Plan, case: Case, signature: Signature) -> tuple[Picture, ...]:
+    """The buffers of the replay of ``case`` that shows ``signature``; none if it does not, or kills."""
+    keeper, pair = keeper_of(plan), (signature.implementation, signature.executor)
+    for _ in range(PICTURE_RUNS if signature.code not in DEATHS else 0):
+        verdict = keeper.pictured(case, pair)
+        if verdict.primary is not None and verdict.primary.signature_in(plan.detail) == signature:
+            return verdict.pictures
+    return ()
 
 
 def _shorten(plan: Plan, seen: Seen) -> ShrinkResult:
@@ -429,6 +452,16 @@ def _count(result: RoundResult, case: Case, judgement: Judgement, before: list[C
             cell.not_capturable = int(skip is not None and skip.not_capturable)
             cell.reasons[verdict.reason if skip is None else skip.reason] = 1
         result.matrix.cell(verdict.implementation, verdict.executor, mode).add(cell)
+
+
+def _observed(case: Case, judgements: Sequence[Judgement], detail: bool) -> Observed:
+    verdicts = [it.verdict for it in judgements if it.verdict.outcome is not Outcome.NOT_APPLICABLE]
+    return Observed(
+        case,
+        tuple(it.primary.signature_in(detail) for it in verdicts if it.primary is not None),
+        tuple(it.reason for it in verdicts if it.outcome is Outcome.UNKNOWN),
+        len(verdicts),
+    )
 
 
 def _leave_out(result: RoundResult, case: Case, pair: Pair) -> None:

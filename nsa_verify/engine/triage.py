@@ -1,7 +1,8 @@
 """Findings in groups: one minimal case for each bug that can be told apart, and what is accepted for a while.
 
-A group is what its minimal finding says: implementation, code, mode, buffer and kind of region. The corpus holds the
-groups, a file for each in ``crashing``; what is known of them besides is kept by whoever runs campaigns.
+A group is what its minimal finding says: implementation, code, mode, buffer and side of it (inside is what may be
+written, outside what lies around it). The corpus holds the groups, a file for each in ``crashing``; what is known of
+them besides is kept by whoever runs campaigns.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 
 from nsa_verify.core.case import Mode, size_of
-from nsa_verify.core.findings import Code
+from nsa_verify.core.findings import Code, symptom_of
 from nsa_verify.engine.corpus import CorpusError, Entry, Kind, SavedFinding, load, scan
 
 
@@ -26,12 +27,17 @@ class Bug(NamedTuple):
     code: Code
     mode: Mode
     place: str
-    """The buffer and the kind of region, or what stands for them (``Finding.place``)."""
+    """The buffer and the side of it, or what stands for them (``Finding.place``)."""
 
     @classmethod
     def of(cls, finding: SavedFinding) -> Bug:
         """The group of ``finding``."""
         return cls(finding.implementation, finding.code, finding.mode, finding.place)
+
+    @property
+    def symptom(self) -> str:
+        """``Finding.symptom`` of its minimal finding."""
+        return symptom_of(self.code, self.place)
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.implementation, self.code, self.mode, self.place)))

@@ -28,7 +28,8 @@ from nsa_verify.shell.mutants_command import mutants
 from nsa_verify.shell.options import ExitCode, Unable, command_line
 from nsa_verify.shell.render import explanation_lines
 from nsa_verify.shell.replay_command import replay
-from nsa_verify.shell.reporter import GuardedReporter, JsonReporter, TerminalReporter, console, say
+from nsa_verify.shell.reporter import GuardedReporter, JsonReporter, Reporter, TerminalReporter, console, say
+from nsa_verify.shell.reports.opening import open_reports
 from nsa_verify.strategies.profiles import PROFILES
 
 
@@ -57,7 +58,8 @@ def cli() -> None:
 )
 @click.option("--no-shrink", is_flag=True, help="Keep disagreeing cases as they were drawn.")
 @click.option("--coverage", is_flag=True, help="Tell which features the cases had, and which pairs of them none had.")
-@opt.together(opt.WORKERS, opt.NO_ISOLATION, opt.DEADLINE, opt.MAX_MEMORY, opt.CORPUS, opt.JSON, opt.NO_COLOR)
+@opt.together(opt.WORKERS, opt.NO_ISOLATION, opt.DEADLINE, opt.MAX_MEMORY, opt.CORPUS)
+@opt.together(opt.REPORT, opt.JSON, opt.NO_COLOR)
 def run(
     references: tuple[str, ...],
     only: tuple[str, ...],
@@ -75,6 +77,7 @@ def run(
     deadline: str,
     max_memory: str,
     corpus: str,
+    reports: tuple[str, ...],
     as_json: bool,
     no_color: bool,
 ) -> None:
@@ -99,10 +102,11 @@ def run(
     workers_wanted = opt.worker_count(workers, device, no_isolation, plan.rounds)
     plan = msgspec.structs.replace(plan, workers=workers_wanted, gpus=gpus.placement(gpus.gpus_for(device)))
     reporter = JsonReporter(out, plan) if as_json else TerminalReporter(out, plan)
-    raise SystemExit(_run(plan, Path(corpus), GuardedReporter(reporter)))
+    opened = open_reports(reports, plan, command_line())
+    raise SystemExit(_run(opened.needs(plan), Path(corpus), opened.beside(GuardedReporter(reporter))))
 
 
-def _run(plan: Plan, root: Path, reporter: GuardedReporter) -> ExitCode:
+def _run(plan: Plan, root: Path, reporter: Reporter) -> ExitCode:
     """Drive the search, tell the reporter, and make the exit code of what happened."""
     code, problem = ExitCode.UNABLE, ""
     try:
@@ -117,7 +121,7 @@ def _run(plan: Plan, root: Path, reporter: GuardedReporter) -> ExitCode:
     return code
 
 
-def _listen(plan: Plan, root: Path, reporter: GuardedReporter) -> tuple[ExitCode, str]:
+def _listen(plan: Plan, root: Path, reporter: Reporter) -> tuple[ExitCode, str]:
     finished: RunFinished | None = None
     started: RunStarted | None = None
     unsaved: list[str] = []

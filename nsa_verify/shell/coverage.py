@@ -22,17 +22,25 @@ def coverage_lines(coverage: Coverage, modes: Sequence[Mode]) -> list[str]:
     lines = ["coverage, in cases:", *columns(_dimension_rows(coverage, modes), "  ")]
     lines.append(f"pairs: {possible - len(never)} of {possible} that can be were met")
     if never:
-        rows: list[tuple[Label, str, str]] = []
-        left = len(never)
-        for label, others in _groups(coverage, never, modes):
-            if len(rows) == MOST_GROUPS:
-                break
-            rows.append((label, "with", _cut(others) if coverage.of(label) else "anything"))
-            left -= len(others)
-        lines += [f"never met, {counted(len(never), 'pair')}:", *columns(rows, "  ")]
+        rows, left = never_met(coverage, modes)
+        told = [(label, "with", others) for label, others in rows]
+        lines += [f"never met, {counted(len(never), 'pair')}:", *columns(told, "  ")]
         if left:
             lines.append(f"  ... and {counted(left, 'more pair')}; --json has them all")
     return lines
+
+
+def never_met(coverage: Coverage, modes: Sequence[Mode]) -> tuple[list[tuple[Label, str]], int]:
+    """Labels, each with those that it was never met with; and how many pairs are left out, since they are too many."""
+    rows: list[tuple[Label, str]] = []
+    never = _never(coverage, modes)
+    left = len(never)
+    for label, others in _groups(coverage, never, modes):
+        if len(rows) == MOST_GROUPS:
+            break
+        rows.append((label, _cut(others) if coverage.of(label) else "anything"))
+        left -= len(others)
+    return rows, left
 
 
 def coverage_document(coverage: Coverage, modes: Sequence[Mode]) -> dict[str, Any]:

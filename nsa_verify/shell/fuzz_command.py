@@ -19,9 +19,11 @@ from nsa_verify.engine.process import EngineError
 from nsa_verify.engine.triage import Baseline
 from nsa_verify.shell import gpus
 from nsa_verify.shell import options as opt
+from nsa_verify.shell.environment import environment
 from nsa_verify.shell.fuzz_reporter import FuzzReporter
 from nsa_verify.shell.options import ExitCode, Unable, command_line
-from nsa_verify.shell.reporter import GuardedReporter, console
+from nsa_verify.shell.reporter import GuardedReporter, Reporter, console
+from nsa_verify.shell.reports.opening import open_reports
 
 BUDGETS: Final = {CHANGE: "10m", BATCH: "6h"}
 
@@ -43,7 +45,7 @@ BUDGETS: Final = {CHANGE: "10m", BATCH: "6h"}
     "--seed", type=click.IntRange(0), help="Of a new campaign; one that goes on keeps its own. [default: random]"
 )
 @opt.together(opt.IMPL, opt.ONLY, opt.EXECUTOR, opt.DEVICE, opt.WORKERS, opt.NO_ISOLATION, opt.DEADLINE, opt.MAX_MEMORY)
-@opt.together(opt.CORPUS, opt.NO_COLOR)
+@opt.together(opt.CORPUS, opt.REPORT, opt.NO_COLOR)
 def fuzz(
     max_time: str | None,
     kind: str,
@@ -59,6 +61,7 @@ def fuzz(
     deadline: str,
     max_memory: str,
     corpus: str,
+    reports: tuple[str, ...],
     no_color: bool,
 ) -> None:
     """Search for a given time with many workers, and go on from what the corpus has of earlier campaigns.
@@ -82,19 +85,22 @@ def fuzz(
         workers=opt.worker_count(workers, device, no_isolation, 1000),
         gpus=gpus.placement(gpus.gpus_for(device)),
     )
-    reporter = GuardedReporter(FuzzReporter(console(no_color), plan))
+    slice_s, accepted = opt.seconds("--slice", slice_time), _baseline(baseline)
+    opened = open_reports(reports, plan, command_line())
+    reporter = opened.beside(GuardedReporter(FuzzReporter(console(no_color), plan)))
     code, problem = ExitCode.UNABLE, ""
     try:
         check_writable(Path(corpus))
         ask = Ask(
             kind=kind,
-            plan=plan,
+            plan=opened.needs(plan),
             root=Path(corpus),
             budget_s=budget,
             version=__version__,
             command=command_line(),
-            baseline=Baseline.read(Path(baseline)) if baseline else Baseline(),
-            slice_s=opt.seconds("--slice", slice_time),
+            environment=environment(),
+            baseline=accepted,
+            slice_s=slice_s,
         )
         code, problem = _listen(ask, reporter)
     except (CorpusError, EngineError, ImplementationError, Unable) as error:
@@ -106,7 +112,14 @@ def fuzz(
     raise SystemExit(code)
 
 
-def _listen(ask: Ask, reporter: GuardedReporter) -> tuple[ExitCode, str]:
+def _baseline(name: str | None) -> Baseline:
+    try:
+        return Baseline.read(Path(name)) if name else Baseline()
+    except CorpusError as error:
+        raise Unable(str(error)) from error
+
+
+def _listen(ask: Ask, reporter: Reporter) -> tuple[ExitCode, str]:
     finished: CampaignFinished | None = None
     unsaved = ""
     try:

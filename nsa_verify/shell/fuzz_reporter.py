@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from nsa_verify.core.case import Mode
+from nsa_verify.core.findings import Signature
 from nsa_verify.engine.events import (
     CampaignFinished,
     CampaignStarted,
@@ -20,7 +21,6 @@ from nsa_verify.engine.events import (
     Group,
     Recovered,
     RoundFinished,
-    RunFinished,
     RunStarted,
     Shrinking,
     SliceFinished,
@@ -29,7 +29,7 @@ from nsa_verify.engine.events import (
 )
 from nsa_verify.engine.plan import Plan
 from nsa_verify.shell.coverage import coverage_lines
-from nsa_verify.shell.render import case_lines, counted, finding_lines, matrix_rows, tally_lines, title
+from nsa_verify.shell.render import case_lines, counted, finding_lines, matrix_rows, reproduce, tally_lines, title
 from nsa_verify.shell.reporter import PLAIN_PROGRESS_EVERY_S, TerminalReporter, print_matrix, say
 
 
@@ -45,7 +45,9 @@ class FuzzReporter:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._began = self._last_line = time.monotonic()
-        self._cases = self._slice_cases = self._groups = self._replaced = 0
+        self._cases = self._slice_cases = self._replaced = 0
+        self._seen: set[Signature] = set()
+        self._paths: set[Path | None] = set()
         self._pairs = ""
         self._replayed: dict[str, int] = {}
 
@@ -64,14 +66,19 @@ class FuzzReporter:
             case RoundFinished():
                 self._slice_cases = event.cases_done
                 self._show_progress()
-            case DisagreementSeen() | Shrinking() | Disagreement() | CheckFailed() | Recovered():
-                self._groups += isinstance(event, Disagreement)
+            case DisagreementSeen():
+                if event.signature not in self._seen:
+                    self._seen.add(event.signature)
+                    self._pass_on(event)
+            case Disagreement():
+                self._found(event)
+            case Shrinking() | CheckFailed() | Recovered():
                 self._pass_on(event)
             case SliceFinished():
                 self._end_slice(event)
             case CampaignFinished():
                 self._finish(event)
-            case RunFinished() | _:
+            case _:
                 pass
 
     def close(self, code: int, problem: str) -> None:
@@ -79,10 +86,16 @@ class FuzzReporter:
         self._end_progress()
         self._inner.close(code, problem)
 
+    def _found(self, event: Disagreement) -> None:
+        if event.same_as:
+            self._end_progress()
+            self._line(f"{event.signature}: another sight of {event.same_as}")
+            return
+        self._paths.add(event.path)
+        self._pass_on(event)
+
     def _pass_on(self, event: Event) -> None:
         """Above the live line, which comes back with the next round."""
-        if isinstance(event, DisagreementSeen) and event.signature in self._plan.known:
-            return
         self._end_progress()
         self._inner.handle(event)
 
@@ -115,7 +128,7 @@ class FuzzReporter:
         seconds = time.monotonic() - self._began
         cases = self._cases + self._slice_cases
         rate = cases / seconds if seconds else 0.0
-        told = f"{counted(cases, 'case')}, {rate:.1f}/s, {counted(self._groups, 'finding')}{self._pairs}"
+        told = f"{counted(cases, 'case')}, {rate:.1f}/s, {counted(len(self._paths), 'new finding')}{self._pairs}"
         if self._replaced:
             told += f", {counted(self._replaced, 'worker')} replaced"
         if not self._out.is_terminal:
@@ -139,7 +152,6 @@ class FuzzReporter:
 
     def _end_slice(self, event: SliceFinished) -> None:
         self._cases, self._slice_cases, self._replaced = event.cases, 0, event.replaced
-        self._groups = event.groups
         self._pairs = f", {event.pairs} of {event.possible_pairs} label pairs"
         if not self._out.is_terminal:
             pairs = counted(event.new_pairs, "new label pair")
@@ -189,7 +201,7 @@ class FuzzReporter:
         if group.is_fixed:
             self._line(f"  it agrees now: nsa-verify corpus promote {group.path.stem}")
         else:
-            self._line(f"  reproduce {reproduce_group(group, self._plan)}")
+            self._line(f"  reproduce {reproduce(group.path, group.implementation, plan=self._plan)}")
 
     def _summary(self, event: CampaignFinished) -> None:
         open_groups = [it for it in event.groups if not it.accepted and not it.is_fixed]
@@ -198,14 +210,6 @@ class FuzzReporter:
             self._line(f"{counted(len(open_groups), 'finding')} open, {new} of them new", "bold red")
         elif not event.failing:
             self._line("no finding" if event.cases else "nothing was judged", "green" if event.cases else None)
-
-
-def reproduce_group(group: Group, plan: Plan) -> str:
-    """The command that runs a group's case again."""
-    words = ["nsa-verify", "replay", str(group.path), "--only", group.implementation]
-    for reference in plan.references:
-        words += ["--impl", reference]
-    return shlex.join(words)
 
 
 def _searches(count: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from nsa_verify.core.case import Mode
+from nsa_verify.core.sanitizers import Sanitizer
 from nsa_verify.shell import gpus
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -127,6 +128,13 @@ WORKERS = click.option(
     help="Worker processes; auto is one per core on the CPU, and on CUDA as many as cores and free memory of the GPUs "
     "allow. [default: auto]",
 )
+SANITIZER = click.option(
+    "--sanitizer",
+    type=click.Choice([it.value for it in Sanitizer]),
+    help="Look at memory and not at values: memcheck, initcheck, racecheck or synccheck of compute-sanitizer on CUDA;"
+    " oob looks, by means of triton-viz, at the address of every load and store on the CPU. Implementations are called"
+    " (--executor eager).",
+)
 CORPUS = click.option(
     "--corpus",
     default="corpus",
@@ -135,6 +143,13 @@ CORPUS = click.option(
     help="The folder of saved cases. [default: corpus]",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output instead of text.")
+REPORT = click.option(
+    "--report",
+    "reports",
+    multiple=True,
+    metavar="KIND[=PATH]",
+    help="Write a report: junit, ndjson, json, github, html or observability; may be repeated.",
+)
 NO_COLOR = click.option("--no-color", is_flag=True, help="No colour, also on a terminal.")
 NO_ISOLATION = click.option(
     "--no-isolation",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -11,7 +13,8 @@ from nsa_verify.core.case import Case, Mode, Setup, SlotKind
 from nsa_verify.core.findings import EXPLANATIONS, Code, Finding
 from nsa_verify.core.oracle import batch
 from nsa_verify.device.layout import is_poison
-from nsa_verify.engine.events import Cell, Matrix, Subject, Tally
+from nsa_verify.engine.events import Cell, Disagreement, Matrix, Subject, Tally
+from nsa_verify.engine.plan import Plan
 
 MAX_ROWS = 12
 """Requests of a replay that are shown; the rest is counted."""
@@ -33,17 +36,15 @@ def setup_lines(setup: Setup) -> list[str]:
         f" pool={setup.pool_rows}x{setup.pool_width} buckets={','.join(map(str, setup.buckets))}"
         f" steps={setup.num_steps} fill={setup.fill_seq_len}"
     )
-    plain = Setup(
-        pool_width=setup.pool_width,
-        pool_row_stride=setup.pool_width,
-        table_width=setup.table_width,
-        table_row_stride=setup.table_width,
-    )
+    usual = {field: getattr(Setup(), field) for field in Setup.__struct_fields__}
+    widths = {"pool_width": setup.pool_width, "table_width": setup.table_width}
+    strides = {"pool_row_stride": setup.pool_width, "table_row_stride": setup.table_width}
+    plain = usual | widths | strides
     shown = ("num_draft_tokens", "index_topk", "page_size", "pool_rows", "buckets", "num_steps", "fill_seq_len")
     special = [
         f"{name}={getattr(setup, name)}"
         for name in setup.__struct_fields__
-        if name not in shown and getattr(setup, name) != getattr(plain, name)
+        if name not in shown and getattr(setup, name) != plain[name]
     ]
     return [f"setup   {sizes}", *([f"        {' '.join(special)}"] if special else [])]
 
@@ -90,6 +91,26 @@ def finding_lines(finding: Finding) -> list[str]:
         ]
         lines += columns(table, "        ")
     return lines
+
+
+def how_it_was_got(found: Disagreement) -> str:
+    """Whether the case was shrunk, and how often it disagreed again."""
+    runs = found.reliability
+    how = f"minimal case, {found.probes} probes" if found.shrunk else "case as it was drawn"
+    again = f"; disagreed in {runs.disagreed} of {runs.runs} further runs" if runs.runs else ""
+    return f"{how}{again}{f'; {found.note}' if found.note else ''}"
+
+
+def reproduce(path: Path, implementation: str, executor: str = "", plan: Plan | None = None) -> str:
+    """The command that runs a saved case again, as a shell takes it; without ``executor`` under all that there are."""
+    words = ["nsa-verify", "replay", str(path), "--only", implementation]
+    if executor:
+        words += ["--executor", executor]
+    for reference in plan.references if plan is not None else ():
+        words += ["--impl", reference]
+    if plan is not None and plan.device != "auto":
+        words += ["--device", plan.device]
+    return shlex.join(words)
 
 
 def number(value: int) -> str:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import click
-import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -30,19 +28,23 @@ from nsa_verify.engine.events import (
     WorkersReady,
 )
 from nsa_verify.engine.plan import Plan
-from nsa_verify.shell.coverage import coverage_document, coverage_lines
+from nsa_verify.shell.coverage import coverage_lines
 from nsa_verify.shell.render import (
     NOT_CAPTURABLE,
     case_lines,
     columns,
     counted,
     finding_lines,
+    how_it_was_got,
     json_text,
     matrix_rows,
     reason_lines,
+    reproduce,
     tally_lines,
     title,
 )
+from nsa_verify.shell.reports.json_summary import document
+from nsa_verify.shell.reports.story import Story
 
 PLAIN_PROGRESS_EVERY_S = 5.0
 
@@ -57,17 +59,21 @@ class Reporter(Protocol):
         """The run is over with this exit code; ``problem`` is the sentence that says what stopped it, or ``""``."""
 
 
-class GuardedReporter:
+class Guarded:
     """Keeps what goes wrong in a reporter away from the run: it is said once, and the run goes on without a report."""
 
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: Reporter, name: str = "the report") -> None:
         self._reporter: Reporter | None = reporter
+        self._name = name
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is told nothing any more."""
+        return self._reporter is None
 
     def handle(self, event: Event) -> None:
-        """Pass the event on. A case that could not be saved is printed here if there is no report to be in."""
+        """Pass the event on."""
         self._attempt(lambda reporter: reporter.handle(event))
-        if self._reporter is None and isinstance(event, Disagreement) and event.json:
-            click.echo(event.json, err=True)
 
     def close(self, code: int, problem: str) -> None:
         """Pass it on."""
@@ -80,8 +86,18 @@ class GuardedReporter:
             tell(self._reporter)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a report must not change a verdict
             self._reporter = None
-            sentence = f"Error: the report failed ({type(error).__name__}: {error}); the run goes on without it"
+            sentence = f"Error: {self._name} failed ({type(error).__name__}: {error}); the run goes on without it"
             click.echo(sentence, err=True)
+
+
+class GuardedReporter(Guarded):
+    """The same for the reporter that prints, in whose place an unsaved case must be printed when it fails."""
+
+    def handle(self, event: Event) -> None:
+        """Pass the event on. A case that could not be saved is printed here if there is no report to be in."""
+        super().handle(event)
+        if self.failed and isinstance(event, Disagreement) and event.json:
+            click.echo(event.json, err=True)
 
 
 class QuietPipeConsole(Console):
@@ -208,13 +224,11 @@ class TerminalReporter:
             self._line(f"  {line}")
         for line in finding_lines(finding):
             self._line(f"  {line}", "red" if line.lstrip().startswith(("got", "^")) else None)
-        runs = found.reliability
-        how = f"minimal case, {found.probes} probes" if found.shrunk else "case as it was drawn"
-        again = f"; disagreed in {runs.disagreed} of {runs.runs} further runs" if runs.runs else ""
-        self._line(f"  {how}{again}{f'; {found.note}' if found.note else ''}")
+        self._line(f"  {how_it_was_got(found)}")
         if found.path is not None:
+            command = reproduce(found.path, finding.implementation, finding.executor, self._plan)
             self._line(f"  saved     {found.path}")
-            self._line(f"  reproduce {reproduce(found, self._plan)}")
+            self._line(f"  reproduce {command}")
         else:
             self._line(f"  not saved: {found.problem}; the case itself:", "red")
             self._line(found.json)
@@ -275,57 +289,17 @@ def _cell_style(cell: str) -> str:
     return "dim" if cell == NOT_CAPTURABLE else ""
 
 
-def reproduce(found: Disagreement, plan: Plan) -> str:
-    """The command that runs the saved case again, as a shell takes it."""
-    words = ["nsa-verify", "replay", str(found.path), "--only", found.signature.implementation]
-    words += ["--executor", found.signature.executor]
-    for reference in plan.references:
-        words += ["--impl", reference]
-    if plan.device != "auto":
-        words += ["--device", plan.device]
-    return shlex.join(words)
-
-
 class JsonReporter:
     """One document at the end: options, matrix, findings, outcome. ``replay`` counts from 0 there."""
 
     def __init__(self, out: Console, plan: Plan) -> None:
-        self._out, self._plan = out, plan
-        self._document: dict[str, Any] = {"findings": [], "unknown": []}
+        self._out, self._story = out, Story(plan)
 
     def handle(self, event: Event) -> None:
         """Take the event into the document."""
-        match event:
-            case RunStarted():
-                self._document |= msgspec.to_builtins(event)
-            case Disagreement():
-                saved = str(event.path) if event.path else None
-                finding = msgspec.to_builtins(event.finding) | {"case": event.case, "path": saved, "note": event.note}
-                finding |= {"problem": event.problem, "shrunk": event.shrunk, "reliability": event.reliability}
-                finding["reproduce"] = reproduce(event, self._plan) if saved else None
-                self._document["findings"].append(finding)
-            case CheckFailed():
-                self._document["unknown"].append(event)
-            case Recovered():
-                self._document["recovered"] = msgspec.to_builtins(event)
-            case RunFinished():
-                self._finish(event)
-            case _:
-                pass
+        self._story.handle(event)
 
     def close(self, code: int, problem: str) -> None:
         """Print the document."""
-        self._document["findings"].sort(key=lambda it: (it["implementation"], it["executor"], it["code"]))
-        self._document |= {"exit_code": code, "error": problem}
-        say(self._out, json_text(self._document))
-
-    def _finish(self, event: RunFinished) -> None:
-        matrix: dict[str, Any] = {}
-        for (implementation, executor, mode), cell in sorted(event.matrix.cells.items()):
-            matrix.setdefault(implementation, {}).setdefault(executor, {})[str(mode)] = cell
-        rate = event.cases / event.seconds if event.seconds else 0.0
-        self._document |= {"matrix": matrix, "cases": event.cases, "seconds": event.seconds, "cases_per_s": rate}
-        self._document |= {"stop": str(event.stop), "digest": event.digest, "replaced": event.replaced}
-        self._document |= {"fallbacks": event.tally.fallbacks, "compile_keys": event.tally.compile_keys}
-        if self._plan.coverage:
-            self._document["coverage"] = coverage_document(event.coverage, self._plan.modes)
+        self._story.close(code, problem)
+        say(self._out, json_text(document(self._story)))

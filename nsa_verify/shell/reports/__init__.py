@@ -1,0 +1,1 @@
+"""Reports of a run or a campaign, each made of the same events: ``--report KIND[=PATH]``."""

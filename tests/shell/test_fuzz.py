@@ -1,0 +1,223 @@
+"""Campaigns, from the command line: what they find, group, go on from, accept, and survive."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from filelock import FileLock
+from shell.commands import invoke, refused, saved, written
+from shell.test_processes import PROGRAM
+
+from nsa_verify.engine.corpus import load, scan
+from nsa_verify.engine.record import FILE, FOLDER
+
+TWO_BUGS = """
+from nsa_verify import Mode, implementation
+from nsa_verify.kernels.vectorized import refresh as right
+
+@implementation("twice", extent="full")
+def refresh(inputs, steps, setup):
+    right(inputs, steps, setup)
+    if inputs.mode is Mode.DECODE and inputs.batch_size > 1:
+        steps[0].cu_seqlens_k[-1:].add_({first})
+    if inputs.mode is Mode.TARGET_VERIFY:
+        steps[0].page_table_1[:1, :1].add_({second})
+"""
+QUICK = ("--max-time", "12s", "--slice", "6s", "--seed", "3", "--executor", "eager", "-w", "1", "--no-isolation")
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def twice(first: int, second: int) -> tuple[str, ...]:
+    """An implementation with two bugs that no case shows together; 0 mends one."""
+    Path("twice.py").write_text(TWO_BUGS.format(first=first, second=second), encoding="utf-8")
+    return "--impl", "twice.py", "--only", "twice"
+
+
+def fuzz(*arguments: str) -> Result:
+    return invoke("fuzz", *arguments)
+
+
+def crashing() -> list[str]:
+    return sorted(path.name.rpartition("-")[0] for path in scan(Path("corpus/crashing")))
+
+
+def record() -> dict[str, object]:
+    found: dict[str, object] = json.loads(Path("corpus", FOLDER, FILE).read_bytes())
+    return found
+
+
+def test_two_bugs_are_two_groups_and_the_next_campaign_goes_on() -> None:
+    first = fuzz(*twice(1, 1), *QUICK)
+    assert first.exit_code == 1, first.output
+    assert crashing() == ["nv101-twice", "nv104-twice"]
+    assert "2 findings open, 2 of them new" in first.stdout
+    assert "twice NV104 an invariant of the metadata is broken: decode cu_seqlens_k inside (new)" in first.stdout
+    assert "target-verify page_table_1 inside (new)" in first.stdout
+    slices = record()["slices"]
+    assert isinstance(slices, int)
+    assert slices >= 2
+
+    second = fuzz(*twice(1, 1), *QUICK)
+    assert second.exit_code == 1
+    assert f"goes on after {slices} searches" in second.stdout
+    assert "saved cases replayed: 2 FAILED" in second.stdout
+    assert "2 findings open, 0 of them new" in second.stdout
+    assert "shrinking" not in second.stdout
+    assert crashing() == ["nv101-twice", "nv104-twice"]
+    assert record()["slices"] > slices  # type: ignore[operator]
+
+
+def test_what_is_mended_is_quiet_and_promoted() -> None:
+    assert fuzz(*twice(1, 1), *QUICK).exit_code == 1
+    mended = fuzz(*twice(0, 0), *QUICK)
+    assert mended.exit_code == 0, mended.output
+    assert "it agrees now: nsa-verify corpus promote" in mended.stdout
+    assert "no finding" in mended.stdout
+    assert invoke("corpus", "promote", "--impl", "twice.py", "--no-isolation").exit_code == 0
+    assert crashing() == []
+    again = fuzz(*twice(0, 0), *QUICK)
+    assert again.exit_code == 0
+    assert "saved cases replayed: 2 FIXED" in again.stdout
+    broken = fuzz(*twice(1, 0), *QUICK)
+    assert broken.exit_code == 1
+    assert "disagrees again" in broken.stdout
+
+
+def test_change_ends_at_the_first_new_finding() -> None:
+    began = time.monotonic()
+    found = fuzz(*twice(1, 1), *QUICK, "--mode", "change", "--max-time", "5m", "--slice", "2m")
+    assert found.exit_code == 1, found.output
+    assert "something new was found" in found.stdout
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(("expires", "code"), [("2999-01-01", 0), ("2001-01-01", 1)])
+def test_a_baseline_accepts_until_it_expires(expires: str, code: int) -> None:
+    Path("known.toml").write_text(
+        f'[[accepted]]\nimplementation = "twice"\nreason = "rewritten soon"\nexpires = {expires}\n'
+        f'[[accepted]]\nimplementation = "nobody"\nreason = "gone"\nexpires = 2999-01-01\n',
+        encoding="utf-8",
+    )
+    told = fuzz(*twice(1, 0), *QUICK, "--baseline", "known.toml")
+    assert told.exit_code == code, told.output
+    assert "baseline: matches nothing: nobody (gone)" in told.stdout
+    assert ("accepted: rewritten soon" in told.stdout) is (code == 0)
+    assert ("baseline: expired: twice" in told.stdout) is (code == 1)
+
+
+def test_a_regression_that_is_not_loaded_waits() -> None:
+    path = saved(Path(), implementation="elsewhere")
+    Path("corpus/regression/decode").mkdir(parents=True)
+    path.rename(Path("corpus/regression/decode", path.name))
+    told = fuzz("--only", "vectorized", *QUICK)
+    assert told.exit_code == 0, told.output
+    assert "ERROR" not in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--max-time", "0"), "give a campaign some time"),
+        (("--max-time", "soon"), "--max-time soon: must be a time"),
+        (("--slice", "x"), "--slice x: must be a time"),
+        (("--mode", "prune"), "--mode"),
+        (("--baseline", "none.toml"), "none.toml: cannot be read"),
+        (("--only", "nobody"), "nobody"),
+        (("--executor", "gpu"), "--executor"),
+    ],
+)
+def test_bad_options_are_one_sentence(arguments: tuple[str, ...], words: str) -> None:
+    assert words in refused(fuzz("--max-time", "5s", "-w", "1", *arguments))
+
+
+def test_a_damaged_record_is_named_and_kept() -> None:
+    path = Path("corpus", FOLDER, FILE)
+    path.parent.mkdir(parents=True)
+    path.write_text('{"format": "something else"}', encoding="utf-8")
+    said = refused(fuzz("--only", "vectorized", *QUICK))
+    assert str(path) in said
+    assert "remove it" in said
+    assert path.read_text(encoding="utf-8") == '{"format": "something else"}'
+
+
+def test_one_campaign_at_a_time() -> None:
+    Path("corpus", FOLDER).mkdir(parents=True)
+    with FileLock(Path("corpus", FOLDER, "lock")):
+        assert "another campaign is running" in refused(fuzz("--only", "vectorized", *QUICK))
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [PROGRAM, "fuzz", "--max-time", "5m", "--slice", "3s", "--seed", "5", "--executor", "eager", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for_slices(count: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        path = Path("corpus", FOLDER, FILE)
+        if path.exists() and int(record()["slices"]) >= count:  # type: ignore[call-overload]
+            return
+        time.sleep(0.1)
+    raise AssertionError("no search ended")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_what_it_has(number: signal.Signals) -> None:
+    process = start(*twice(1, 1), "-w", "2")
+    wait_for_slices(1)
+    process.send_signal(number)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "interrupted" in told
+    assert "findings open" in told
+
+
+def test_killed_and_started_again_nothing_is_lost() -> None:
+    process = start(*twice(1, 1), "-w", "2")
+    wait_for_slices(1)
+    found = crashing()
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    slices = record()["slices"]
+    for path in scan(Path("corpus")):
+        if FOLDER not in path.parts:
+            load(path)
+    again = fuzz(*twice(1, 1), *QUICK)
+    assert again.exit_code == 1, again.output
+    assert f"goes on after {slices} search" in again.stdout
+    assert set(found) <= set(crashing())
+    assert record()["slices"] > slices  # type: ignore[operator]
+
+
+def test_options_that_a_terminal_shows(tmp_path: Path) -> None:
+    told = subprocess.run(
+        [sys.executable, "-P", "-m", "nsa_verify.shell", "fuzz", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    ).stdout
+    for option in ("--max-time", "--mode", "--baseline", "--slice", "--impl", "--corpus"):
+        assert option in told
+
+
+def test_a_correct_implementation_of_ones_own_gives_no_finding() -> None:
+    mine = written(Path(), name="good", too_low=0)
+    told = fuzz("--impl", str(mine), "--only", "good", *QUICK)
+    assert told.exit_code == 0, told.output
+    assert "no finding" in told.stdout
