@@ -56,7 +56,7 @@ def _record(element: Element, sanitizer: Sanitizer) -> Record:
 
 _TEXTS: Final = ("text", "message", "description", "summary")
 _ACCESSES: Final = ("accesstype", "access")
-_FILES: Final = ("file", "filename", "sourcefile", "source")
+_FILES: Final = ("path", "file", "filename", "sourcefile", "source")
 _LINES: Final = ("line", "lineno", "linenumber", "sourceline")
 _FUNCTIONS: Final = ("func", "function", "kernel", "kernelname", "functionname", "name", "fn")
 _ELSEWHERE: Final = re.compile("(host|save|alloc|api).*(stack|location|backtrace|frame)")

@@ -219,7 +219,7 @@ CAPTURE: Final[tuple[Mutant, ...]] = (
         },
         codes=(Code.RECOMPILES,),
         seen_by=(EAGER,),
-        size=Size(replays=2, rows=3, length=1),
+        size=Size(replays=2, rows=6, length=1),
     ),
     Mutant(
         name="total-compiled",

@@ -14,7 +14,7 @@ ONEPASS: Final[tuple[Mutant, ...]] = (
         trigger="ragged, more requests than the 16 of a block (1 on a GPU)",
         module="onepass",
         changes={"            row = before + tl.associative_scan": "            row = tl.associative_scan"},
-        codes=(Code.WRONG_VALUE, *LEFT, Code.FROZEN, Code.NOT_DETERMINISTIC),
+        codes=(Code.WRONG_VALUE, *LEFT, Code.FROZEN, Code.FRAME_WRITTEN, Code.NOT_DETERMINISTIC),
         size=Size(replays=1, rows=17, length=1),
     ),
     Mutant(

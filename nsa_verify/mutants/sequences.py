@@ -100,7 +100,7 @@ SEQUENCES: Final[tuple[Mutant, ...]] = (
             ),
         },
         codes=LEFT,
-        size=Size(replays=2),
+        size=Size(replays=2, length=2),
     ),
     Mutant(
         name="nothing-accepted-nothing-refreshed",

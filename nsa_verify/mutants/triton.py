@@ -124,7 +124,7 @@ _BLOCKS: Final[tuple[Mutant, ...]] = (
             "((kv_len + (COLUMNS - 1)) & -COLUMNS, width)": "((kv_len - added + (COLUMNS - 1)) & -COLUMNS, width)"
         },
         codes=(*LEFT, Code.INVARIANT),
-        size=Size(replays=2, rows=8, length=128),
+        size=Size(replays=2, rows=8, length=129),
     ),
     Mutant(
         name="wall-rounded-up-to-the-page",

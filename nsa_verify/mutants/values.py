@@ -169,6 +169,7 @@ VALUES: Final[tuple[Mutant, ...]] = (
         changes={"inputs.seq_lens_cpu[:batch_size] + added": "inputs.seq_lens_cpu[:batch_size]"},
         codes=LEFT,
         seen_by=(EAGER,),
+        size=Size(replays=2, rows=1, length=2),
     ),
     Mutant(
         name="source-past-the-table",
@@ -178,7 +179,7 @@ VALUES: Final[tuple[Mutant, ...]] = (
         changes={"min(_longest(inputs, setup), setup.table_width)": "_longest(inputs, setup)"},
         codes=(Code.EXCEPTION,),
         seen_by=(EAGER,),
-        size=Size(length=2),
+        size=Size(replays=1, rows=4, length=2),
     ),
     Mutant(
         name="maximum-over-the-whole-input",

@@ -107,7 +107,7 @@ def test_what_a_call_does_is_counted() -> None:
     assert (subject.launches, subject.syncs, subject.allocations) == (2, 0, 0)
     measure([subject], "cuda", repetitions=3)
     assert len(subject.node_us) == 3
-    assert all(0.1 < it < 100 for it in subject.node_us)
+    assert all(it > 0.1 for it in subject.node_us)
     waits = prepared("waits", lambda: source.sum().item(), False, "cuda")
     assert (waits.launches, waits.graph) == (0, None)
     assert waits.syncs >= 1

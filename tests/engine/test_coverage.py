@@ -7,6 +7,7 @@ import pytest
 
 from nsa_verify import Mode
 from nsa_verify.core.labels import Coverage
+from nsa_verify.device.select import resolve
 from nsa_verify.engine.drawing import draw_round
 from nsa_verify.engine.events import RunFinished
 from nsa_verify.engine.plan import Plan
@@ -25,17 +26,13 @@ def counted(plan: Plan) -> Coverage:
     """What there is to count."""
     coverage = Coverage()
     for index in range(plan.rounds):
-        draw_round(plan, "cpu", index, coverage.count)
+        draw_round(plan, resolve(plan.device), index, coverage.count)
     return coverage
-
-
-def of_the_cpu(plan: Plan) -> Plan:
-    return msgspec.structs.replace(plan, device="cpu")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_case_is_counted_once_with_any_number_of_workers(workers: int) -> None:
-    plan = of_the_cpu(msgspec.structs.replace(PLAN, workers=workers))
+    plan = msgspec.structs.replace(PLAN, workers=workers)
     told = finished(plan).coverage
     assert told == counted(plan)
     modes = [told.of(f"mode:{mode}") for mode in Mode]
@@ -43,10 +40,10 @@ def test_every_case_is_counted_once_with_any_number_of_workers(workers: int) -> 
 
 
 def test_nothing_is_counted_that_was_not_asked_for() -> None:
-    assert finished(of_the_cpu(msgspec.structs.replace(PLAN, coverage=False, max_examples=10))).coverage == Coverage()
+    assert finished(msgspec.structs.replace(PLAN, coverage=False, max_examples=10)).coverage == Coverage()
 
 
 def test_counting_changes_no_case() -> None:
-    plain = finished(of_the_cpu(msgspec.structs.replace(PLAN, coverage=False)))
-    asked = finished(of_the_cpu(PLAN))
+    plain = finished(msgspec.structs.replace(PLAN, coverage=False))
+    asked = finished(PLAN)
     assert (plain.digest, plain.cases) == (asked.digest, asked.cases)

@@ -20,7 +20,7 @@ NESTED = """
     <accessType>Read</accessType>
     <size>4</size>
   </what>
-  <where><func>_gather_pages</func><file>/a/b/kernel.py</file><line>303</line><offset>0x1230</offset></where>
+  <where><func>_gather_pages</func><path>/a/b/kernel.py</path><line>303</line><pc>0x1230</pc></where>
   <who><threadId><x>31</x><y>0</y><z>0</z></threadId><blockId><x>0</x></blockId></who>
   <address>0x7f00</address>
   <hostStack><frame><func>cuLaunchKernelEx_write</func><file>driver.c</file><line>7</line></frame></hostStack>

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from nsa_verify import Case, Code, Replay, Request, Setup
 from nsa_verify.core.case import Mode
 from nsa_verify.core.findings import Finding, Signature
+from nsa_verify.device.select import resolve
 from nsa_verify.engine import mutation
 from nsa_verify.engine.events import (
     CheckFailed,
@@ -159,7 +160,7 @@ def test_an_interrupted_hunt_is_neither_killed_nor_survived(monkeypatch: pytest.
         assert not any(kill.problem for kill in found.kills)
 
 
-def test_without_a_gpu_its_mutants_are_not_hunted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mutants_of_a_gpu_are_hunted_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
 
     def noted(mutant: Mutant, _: Hunt) -> Hunted:
@@ -168,14 +169,14 @@ def test_without_a_gpu_its_mutants_are_not_hunted(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(mutation, "hunt", noted)
     both = [dataclasses.replace(EASY, name="gpu", needs_gpu=True), EASY]
-    list(hunt_all(both, Hunt(folder=str(tmp_path), device="cpu"), 1))
-    assert asked == [EASY.name]
+    list(hunt_all(both, Hunt(folder=str(tmp_path), device="auto"), 1))
+    assert asked == (["gpu", EASY.name] if resolve("auto") == "cuda" else [EASY.name])
 
 
 def test_a_mutant_that_does_not_fit_is_told_before_any_is_hunted(tmp_path: Path) -> None:
     lost = dataclasses.replace(HARMLESS, name="lost", changes={"no such text": ""})
     with pytest.raises(MutantError, match=r"^lost: "):
-        next(hunt_all([EASY, lost], Hunt(folder=str(tmp_path), device="cpu"), 1))
+        next(hunt_all([EASY, lost], Hunt(folder=str(tmp_path), device="auto"), 1))
 
 
 def test_a_hunt_with_nobody_to_see_is_refused(tmp_path: Path) -> None:
@@ -242,7 +243,7 @@ def test_the_catalogue_covers_what_can_go_wrong() -> None:
     assert len({tuple(it.changes.items()) for it in CATALOGUE.values()}) == len(CATALOGUE)
     assert {it.module for it in CATALOGUE.values()} == {name.rpartition(".")[2] for name in BUILTIN_MODULES}
     codes = {code for it in CATALOGUE.values() for code in it.codes}
-    assert not {*Code} - codes - {Code.DEATH, Code.HANG, Code.NOT_DETERMINISTIC}
+    assert not {*Code} - codes - {Code.DEATH, Code.HANG, Code.NOT_DETERMINISTIC, Code.OUT_OF_BOUNDS}
 
 
 def test_a_change_that_does_not_stand_there_once_is_refused() -> None:

@@ -15,7 +15,7 @@ from nsa_verify.core.case import Case, Mode, Replay, Request, Setup
 from nsa_verify.core.labels import DIMENSIONS, Coverage, labels_of, possible_pairs
 from nsa_verify.shell.coverage import MOST_CHARACTERS, MOST_GROUPS, coverage_document, coverage_lines
 
-RUN = ("run", "--only", "vectorized", "--executor", "eager", "--device", "cpu", "-n", 30, "--seed", 2, "-w", 1)
+RUN = ("run", "--only", "vectorized", "--executor", "eager", "-n", 30, "--seed", 2, "-w", 1)
 MODES = tuple(Mode)
 
 
