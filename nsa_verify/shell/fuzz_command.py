@@ -19,6 +19,8 @@ from nsa_verify.engine.process import EngineError
 from nsa_verify.engine.triage import Baseline
 from nsa_verify.shell import gpus
 from nsa_verify.shell import options as opt
+from nsa_verify.shell.corpus_commands import prune_corpus
+from nsa_verify.shell.corpus_judging import minimize
 from nsa_verify.shell.environment import environment
 from nsa_verify.shell.fuzz_reporter import FuzzReporter
 from nsa_verify.shell.options import ExitCode, Unable, command_line
@@ -26,6 +28,7 @@ from nsa_verify.shell.reporter import GuardedReporter, Reporter, console
 from nsa_verify.shell.reports.opening import open_reports
 
 BUDGETS: Final = {CHANGE: "10m", BATCH: "6h"}
+PRUNE: Final = "prune"
 
 
 @click.command()
@@ -33,9 +36,10 @@ BUDGETS: Final = {CHANGE: "10m", BATCH: "6h"}
 @click.option(
     "--mode",
     "kind",
-    type=click.Choice(list(BUDGETS)),
+    type=click.Choice([*BUDGETS, PRUNE]),
     default=BATCH,
-    help="batch uses all of its time; change ends at the first finding that is new. [default: batch]",
+    help="batch uses all of its time; change ends at the first finding that is new; prune draws nothing, and does what"
+    " corpus minimize and corpus prune do. [default: batch]",
 )
 @click.option("--baseline", metavar="FILE", help="Findings that are accepted until a date; see docs/nightly.md.")
 @click.option(
@@ -70,6 +74,10 @@ def fuzz(
     of the time. Findings are grouped; each group has one minimal case in the corpus. Exit code 1 if any group is open
     that no baseline accepts.
     """
+    if kind == PRUNE:
+        if max_time or baseline or reports or opt.seconds("--slice", slice_time):
+            raise Unable("--mode prune draws nothing: leave out --max-time, --slice, --baseline and --report")
+        raise SystemExit(_prune(click.get_current_context()))
     budget = opt.seconds("--max-time", max_time or BUDGETS[kind])
     if not budget:
         raise Unable(f"--max-time {max_time}: give a campaign some time, such as 15m or 6h")
@@ -110,6 +118,24 @@ def fuzz(
     if problem:
         click.echo(problem if code is ExitCode.INTERRUPTED else f"Error: {problem}", err=True)
     raise SystemExit(code)
+
+
+def _prune(context: click.Context) -> int:
+    """Minimise, and drop what others cover; the graver exit code of both."""
+    given = context.params
+    names = [it.name for it in minimize.params]
+    shared = {name: value for name, value in given.items() if name in names}
+    where = {name: given[name] for name in ("corpus", "no_color")}
+    minimized = _code_of(context, minimize, names=(), as_json=False, **shared)
+    return max(minimized, _code_of(context, prune_corpus, dry_run=False, as_json=False, **where))
+
+
+def _code_of(context: click.Context, command: click.Command, **given: object) -> int:
+    try:
+        context.invoke(command, **given)
+    except SystemExit as error:
+        return int(error.code or 0)
+    return ExitCode.AGREE
 
 
 def _baseline(name: str | None) -> Baseline:

@@ -17,6 +17,7 @@ from filelock import FileLock
 from shell.commands import invoke, refused, saved, written
 from shell.test_processes import PROGRAM
 
+from nsa_verify.core.case import Mode
 from nsa_verify.engine.corpus import load, scan
 from nsa_verify.engine.record import FILE, FOLDER
 
@@ -106,6 +107,19 @@ def test_change_ends_at_the_first_new_finding() -> None:
     assert time.monotonic() - began < 60
 
 
+def test_prune_minimises_and_drops_what_others_cover() -> None:
+    twice(0, 1)
+    case = saved(Path(), seq_len=9, implementation="twice", mode=Mode.TARGET_VERIFY)
+    told = fuzz("--mode", "prune", "--impl", "twice.py", "--no-isolation")
+    assert told.exit_code == 0, told.output
+    assert not case.exists()
+    (smaller,) = scan(Path("corpus/crashing"))
+    assert load(smaller).case.replays[0].requests[0].seq_len < 9
+    assert "pairs of labels covered" in told.stdout
+    again = fuzz("--mode", "prune", "--impl", "twice.py", "--no-isolation")
+    assert (again.exit_code, list(scan(Path("corpus/crashing")))) == (0, [smaller])
+
+
 @pytest.mark.parametrize(("expires", "code"), [("2999-01-01", 0), ("2001-01-01", 1)])
 def test_a_baseline_accepts_until_it_expires(expires: str, code: int) -> None:
     Path("known.toml").write_text(
@@ -135,7 +149,8 @@ def test_a_regression_that_is_not_loaded_waits() -> None:
         (("--max-time", "0"), "give a campaign some time"),
         (("--max-time", "soon"), "--max-time soon: must be a time"),
         (("--slice", "x"), "--slice x: must be a time"),
-        (("--mode", "prune"), "--mode"),
+        (("--mode", "prune"), "--mode prune draws nothing"),
+        (("--mode", "night"), "--mode"),
         (("--baseline", "none.toml"), "none.toml: cannot be read"),
         (("--only", "nobody"), "nobody"),
         (("--executor", "gpu"), "--executor"),
