@@ -112,6 +112,7 @@ def campaign(ask: Ask) -> Iterator[Event]:
     with recorded(ask.root) as record:
         if not record.slices:
             record.seed = ask.plan.seed
+        record.forget_all_but({str(bug) for bug in groups(ask.root)[0]})
         yield CampaignStarted(
             version=ask.version,
             command=ask.command,
@@ -159,12 +160,16 @@ def _see_again(ask: Ask, record: Record, totals: Totals, told: Replayed, event: 
     if told.path.is_relative_to(ask.root / Kind.REGRESSION):
         totals.failing.append(event)
         return
+    known = groups(ask.root)[0]
     for verdict in told.verdicts:
-        if verdict.primary is not None:
-            bug = Bug.of(SavedFinding.of(verdict.primary))
-            totals.findings.setdefault(bug, (verdict.primary, Reliability(1, 1)))
-            totals.executors.setdefault(bug, set()).add(verdict.executor)
-            record.see(bug, verdict.primary.signature_in(True), now)
+        if verdict.primary is None:
+            continue
+        bug = Bug.of(SavedFinding.of(verdict.primary))
+        group = bug if bug in known else record.same(bug, [it.symptom for it in verdict.findings], known)
+        if group is not None:  # else the case fails in another way, or elsewhere: a search is to find that
+            totals.findings.setdefault(group, (verdict.primary, Reliability(1, 1)))
+            totals.executors.setdefault(group, set()).add(verdict.executor)
+            record.see(group, verdict.primary.signature_in(True), now)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from click.testing import CliRunner, Result
 
@@ -105,7 +106,18 @@ def invoke(*arguments: object) -> Result:
         return CliRunner().invoke(cli, [str(it) for it in arguments], prog_name="nsa-verify")
 
 
-def refused(result: Result) -> str:
+class Ended(Protocol):
+    """What a command gave: click's ``Result``, or whatever says the same."""
+
+    @property
+    def exit_code(self) -> int: ...
+    @property
+    def stderr(self) -> str: ...
+    @property
+    def output(self) -> str: ...
+
+
+def refused(result: Ended) -> str:
     """The one sentence on standard error of a command that could not do its job."""
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
     assert result.stderr.startswith("Error: ")

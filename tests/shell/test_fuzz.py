@@ -10,11 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from click.testing import Result
 from filelock import FileLock
-from shell.commands import invoke, refused, saved, written
+from shell.commands import refused, saved, written
 from shell.test_processes import PROGRAM
 
 from nsa_verify.core.case import Mode
@@ -33,6 +33,21 @@ def refresh(inputs, steps, setup):
     if inputs.mode is Mode.TARGET_VERIFY:
         steps[0].page_table_1[:1, :1].add_({second})
 """
+
+
+class Result(NamedTuple):
+    """What a command gave."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def output(self) -> str:
+        """All of it."""
+        return f"exit code {self.exit_code}\n{self.stdout}{self.stderr}"
+
+
 QUICK = ("--max-time", "12s", "--slice", "6s", "--seed", "3", "--executor", "eager", "-w", "1", "--no-isolation")
 
 
@@ -47,8 +62,14 @@ def twice(first: int, second: int) -> tuple[str, ...]:
     return "--impl", "twice.py", "--only", "twice"
 
 
+def nsa_verify(*arguments: str) -> Result:
+    """The command in a process of its own, since without isolation implementations run in it."""
+    done = subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, timeout=150, check=False)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
 def fuzz(*arguments: str) -> Result:
-    return invoke("fuzz", *arguments)
+    return nsa_verify("fuzz", *arguments)
 
 
 def crashing() -> list[str]:
@@ -88,7 +109,7 @@ def test_what_is_mended_is_quiet_and_promoted() -> None:
     assert mended.exit_code == 0, mended.output
     assert "it agrees now: nsa-verify corpus promote" in mended.stdout
     assert "no finding" in mended.stdout
-    promoted = invoke("corpus", "promote", "--impl", "twice.py", "--no-isolation")
+    promoted = nsa_verify("corpus", "promote", "--impl", "twice.py", "--no-isolation")
     assert promoted.exit_code == 0, promoted.output
     assert crashing() == []
     again = fuzz(*twice(0, 0), *QUICK)
@@ -97,6 +118,15 @@ def test_what_is_mended_is_quiet_and_promoted() -> None:
     broken = fuzz(*twice(1, 0), *QUICK)
     assert broken.exit_code == 1
     assert "disagrees again" in broken.stdout
+
+
+def test_what_was_promoted_and_comes_back_is_new() -> None:
+    assert fuzz(*twice(1, 0), *QUICK).exit_code == 1
+    twice(0, 0)
+    assert nsa_verify("corpus", "promote", "--impl", "twice.py", "--no-isolation").exit_code == 0
+    back = fuzz(*twice(1, 0), *QUICK, "--slice", "30s", "--max-time", "4s")
+    assert back.exit_code == 1
+    assert "1 finding open, 1 of them new" in back.stdout
 
 
 def test_change_ends_at_the_first_new_finding() -> None:
