@@ -86,4 +86,6 @@ def test_the_workflow_runs_the_script_and_nothing_else_of_ours() -> None:
         assert f"'{kind}'" in WORKFLOW or f"default: {kind}" in WORKFLOW
     schedules = re.findall(r"cron: \"([^\"]+)\"", WORKFLOW)
     assert f"github.event.schedule == '{schedules[1]}' && 'weekly'" in WORKFLOW
-    assert WORKFLOW.count("if: always()") == 2
+    after = WORKFLOW.partition("name: Search")[2]
+    assert after.count("- name: ") == after.count("if: always()") == 3
+    assert "tools/bootstrap.py --extra test" in WORKFLOW

@@ -10,7 +10,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from nsa_verify.core.case import size_of
+from nsa_verify.core.case import Mode, size_of
 from nsa_verify.core.findings import Finding, Outcome
 from nsa_verify.core.labels import possible_pairs
 from nsa_verify.engine.corpus import CorpusError, Entry, Kind, Provenance, SavedFinding, dumps, scan
@@ -147,8 +148,11 @@ def _replay(ask: Ask, record: Record, totals: Totals) -> Generator[Event, None, 
                 totals.problems.append(told.problem)
             elif told.status is Status.FAILED:
                 _see_again(ask, record, totals, told, event, now)
-            else:
+            elif _is_mended(told):
+                assert told.entry is not None
+                assert told.entry.finding is not None
                 totals.fixed.add(told.path)
+                record.unlearn(Bug.of(told.entry.finding))
     except KeyboardInterrupt:
         return StopReason.INTERRUPTED
     save_record(ask.root, record)
@@ -172,6 +176,15 @@ def _see_again(ask: Ask, record: Record, totals: Totals, told: Replayed, event: 
             record.see(group, verdict.primary.signature_in(True), now)
 
 
+def _is_mended(told: Replayed) -> bool:
+    """Whether the accused itself agreed, under its executor, with what it always disagreed on before."""
+    if told.entry is None or told.entry.finding is None:
+        return False
+    finding, origin = told.entry.finding, told.entry.provenance
+    pairs = {(it.implementation, it.executor) for it in told.verdicts if it.outcome is Outcome.AGREE}
+    return (finding.implementation, finding.executor) in pairs and origin.failed == origin.attempts
+
+
 def _files(folder: Path) -> list[Path]:
     return list(scan(folder)) if folder.is_dir() else []
 
@@ -192,7 +205,7 @@ def _slices(ask: Ask, record: Record, totals: Totals, began: float) -> Generator
         yield SliceStarted(number, plan.max_time_s, choice.modes, choice.implementations or loaded, choice.executors)
         has_started = False
         try:
-            for event in search_and_save(plan, ask.root, ask.version, {}, ask.command, _saver(record, totals)):
+            for event in search_and_save(plan, ask.root, ask.version, {}, ask.command, _saver(ask, record, totals)):
                 if isinstance(event, RunStarted):
                     has_started = True
                     loaded = loaded or tuple(it.name for it in event.subjects)
@@ -258,12 +271,15 @@ def _plan(ask: Ask, record: Record, choice: Choice, number: int, seconds: float)
     )
 
 
-def _saver(record: Record, totals: Totals) -> Callable[[Disagreement, Path, Provenance], Disagreement]:
+def _saver(ask: Ask, record: Record, totals: Totals) -> Callable[[Disagreement, Path, Provenance], Disagreement]:
     def save(found: Disagreement, root: Path, provenance: Provenance) -> Disagreement:
         """One file for each group: the smaller of the case that it has and this one."""
         bug = Bug.of(SavedFinding.of(found.finding))
-        known = groups(root)[0]
-        other = None if bug in known else record.same(bug, found.symptoms, known)
+        known = {it: _open(saved, totals) for it, saved in groups(root)[0].items()}
+        known = {it: saved for it, saved in known.items() if saved}
+        # What is accepted, or mended, stands for nothing but itself.
+        others = [it for it in known if ask.baseline.accepts(it) is None]
+        other = None if bug in known else record.same(bug, found.symptoms, others)
         if other is not None:
             record.see(other, found.signature, _now())
             totals.executors.setdefault(other, set()).add(found.finding.executor)
@@ -273,11 +289,17 @@ def _saver(record: Record, totals: Totals) -> Callable[[Disagreement, Path, Prov
         if told.path is not None:
             if record.see(bug, found.signature, _now(), found.symptoms):
                 totals.new.add(bug)
-            totals.findings[bug] = found.finding, found.reliability
+            if not older or told.path != older[0].path:
+                totals.findings[bug] = found.finding, found.reliability
             totals.executors.setdefault(bug, set()).add(found.finding.executor)
         return told
 
     return save
+
+
+def _open(saved: list[Saved], totals: Totals) -> list[Saved]:
+    """The cases of a group but for those that agree now."""
+    return [it for it in saved if it.path not in totals.fixed]
 
 
 def _replaced(found: Disagreement, root: Path, entry: Entry, older: Saved) -> Disagreement:
@@ -346,12 +368,13 @@ def _accepted(ask: Ask, bugs: set[Bug]) -> set[Bug]:
 def _finished(ask: Ask, record: Record, totals: Totals, stop: StopReason, seconds: float) -> CampaignFinished:
     found, problems = groups(ask.root)
     here = {name for name, _, _ in totals.matrix.cells}
-    told = tuple(_group(ask, record, totals, bug, saved[0]) for bug, saved in found.items())
+    told = tuple(_group(ask, record, totals, bug, (_open(saved, totals) or saved)[0]) for bug, saved in found.items())
     told = tuple(it for it in told if it.implementation in here or it.is_new)
     open_groups = [it for it in told if not it.accepted and not it.is_fixed]
     problems = [*totals.problems, *problems]
+    stray = () if open_groups else tuple(_stray(ask, totals, found))
     code = 0
-    if open_groups or totals.failing:
+    if open_groups or totals.failing or stray:
         code = 1
     elif problems or totals.unknown or totals.matrix.total(Outcome.UNKNOWN) or not totals.cases:
         code = 2
@@ -368,12 +391,24 @@ def _finished(ask: Ask, record: Record, totals: Totals, stop: StopReason, second
         replaced=totals.replaced,
         exit_code=code,
         failing=tuple(totals.failing),
+        stray=stray,
         unknown=totals.unknown,
         expired=tuple(f"{it} ({it.reason}; {it.expires})" for it in ask.baseline.expired()),
         unmatched=tuple(f"{it} ({it.reason})" for it in ask.baseline.unmatched(found)),
         problems=tuple(problems),
         rates=tuple(totals.rates),
     )
+
+
+def _stray(ask: Ask, totals: Totals, found: Iterable[Bug]) -> Iterator[str]:
+    """Disagreements that no open group and no entry of the baseline stands for: nothing is to be green over them."""
+    accepted = [(bug.implementation, entry.mode) for bug in found if (entry := ask.baseline.accepts(bug)) is not None]
+    counts: Counter[tuple[str, Mode]] = Counter()
+    for (implementation, _, mode), cell in totals.matrix.cells.items():
+        counts[implementation, mode] += cell.disagree
+    for (implementation, mode), count in sorted(counts.items()):
+        if count and (implementation, "") not in accepted and (implementation, mode) not in accepted:
+            yield f"{implementation} disagreed in {mode}, in {count} cases, and no group stands for it"
 
 
 def _group(ask: Ask, record: Record, totals: Totals, bug: Bug, saved: Saved) -> Group:

@@ -341,6 +341,8 @@ class CampaignFinished(Struct, frozen=True):
     exit_code: int = 0
     failing: tuple[CaseReplayed, ...] = ()
     """Regression cases that disagree again."""
+    stray: tuple[str, ...] = ()
+    """Disagreements that no group stands for, in words."""
     unknown: int = 0
     """Verdicts that are unknown: the check itself failed."""
     expired: tuple[str, ...] = ()

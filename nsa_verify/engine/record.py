@@ -97,6 +97,12 @@ class Record(Struct, forbid_unknown_fields=True):
         known.symptoms = list(dict.fromkeys((*known.symptoms, *symptoms)))
         return is_first
 
+    def unlearn(self, bug: Bug) -> None:
+        """Its case agrees now: whatever looks like it again is to be shrunk and kept again."""
+        known = self.sightings.get(str(bug))
+        if known is not None:
+            known.signatures.clear()
+
     def see_again(self, signature: Signature, when: str) -> None:
         """Count a sighting of whatever group ``signature`` turned out to be."""
         for known in self.sightings.values():

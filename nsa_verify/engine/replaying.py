@@ -36,7 +36,7 @@ class Replayed(Struct, frozen=True):
     verdicts: tuple[Verdict, ...] = ()
     problem: str = ""
     not_loaded: bool = False
-    """Whether it is an ERROR since the implementation that it was found in is not here; the others agree."""
+    """Whether it is an ERROR since the implementation that it was found in is not here, or none is applicable."""
 
 
 def replay_saved(plan: Plan, paths: list[Path]) -> Iterator[Hello | Replayed]:
@@ -83,6 +83,7 @@ def status_of(path: Path, entry: Entry, verdicts: tuple[Verdict, ...], known: se
     if unknown := [verdict for verdict in verdicts if verdict.outcome is Outcome.UNKNOWN]:
         problem = f"{path}: {unknown[0].implementation}: {unknown[0].reason}"
     elif all(verdict.outcome is Outcome.NOT_APPLICABLE for verdict in verdicts):
+        not_loaded = True
         problem = f"{path}: no implementation of this run is applicable; choose others with --only or --impl"
     elif entry.finding is not None and not plan.only and entry.finding.implementation not in known:
         not_loaded = True

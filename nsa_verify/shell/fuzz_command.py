@@ -75,8 +75,8 @@ def fuzz(
     that no baseline accepts.
     """
     if kind == PRUNE:
-        if max_time or baseline or reports or opt.seconds("--slice", slice_time):
-            raise Unable("--mode prune draws nothing: leave out --max-time, --slice, --baseline and --report")
+        if max_time or baseline or reports or seed is not None or opt.seconds("--slice", slice_time):
+            raise Unable("--mode prune draws nothing: leave out --max-time, --slice, --seed, --baseline and --report")
         raise SystemExit(_prune(click.get_current_context()))
     budget = opt.seconds("--max-time", max_time or BUDGETS[kind])
     if not budget:
@@ -164,7 +164,8 @@ def _listen(ask: Ask, reporter: Reporter) -> tuple[ExitCode, str]:
     problem = ""
     if code is ExitCode.UNABLE:
         problem = next(iter(finished.problems), "some verdicts are unknown: the check itself failed, see above")
-        problem = problem if finished.cases else "nothing was tested; give it more time with --max-time"
+        if not finished.cases and not finished.problems:
+            problem = "nothing was tested; give it more time with --max-time"
     return code, problem
 
 

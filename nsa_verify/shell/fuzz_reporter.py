@@ -176,6 +176,8 @@ class FuzzReporter:
         self._line(f"{counted(event.cases, 'case')} in {_time(event.seconds)} ({rate:.1f} cases/s), {event.stop}")
         for case in event.failing:
             self._line(f"regression {case.path} disagrees again: {case.title}", "bold red")
+        for text in event.stray:
+            self._line(text, "bold red")
         for text in event.expired:
             self._line(f"baseline: expired: {text}", "yellow")
         for text in event.unmatched:
@@ -208,7 +210,7 @@ class FuzzReporter:
         if open_groups:
             new = sum(it.is_new for it in open_groups)
             self._line(f"{counted(len(open_groups), 'finding')} open, {new} of them new", "bold red")
-        elif not event.failing:
+        elif not event.failing and not event.stray:
             self._line("no finding" if event.cases else "nothing was judged", "green" if event.cases else None)
 
 

@@ -164,6 +164,52 @@ def test_a_baseline_accepts_until_it_expires(expires: str, code: int) -> None:
     assert ("baseline: expired: twice" in told.stdout) is (code == 1)
 
 
+ONE_BUG = """
+from nsa_verify import Mode, implementation
+from nsa_verify.kernels.vectorized import refresh as right
+
+@implementation("once", extent="full")
+def refresh(inputs, steps, setup):
+    right(inputs, steps, setup)
+    if {condition}:
+        steps[0].page_table_1[:1, :1].add_(1)
+"""
+
+
+def once(condition: str) -> tuple[str, ...]:
+    """An implementation that is wrong under a condition."""
+    Path("once.py").write_text(ONE_BUG.format(condition=condition), encoding="utf-8")
+    return "--impl", "once.py", "--only", "once"
+
+
+def test_what_is_accepted_in_one_mode_is_not_in_another() -> None:
+    Path("known.toml").write_text(
+        '[[accepted]]\nimplementation = "once"\nmode = "decode"\nreason = "known"\nexpires = 2999-01-01\n',
+        encoding="utf-8",
+    )
+    told = fuzz(*once("inputs.mode in (Mode.DECODE, Mode.TARGET_VERIFY)"), *QUICK, "--baseline", "known.toml")
+    assert told.exit_code == 1, told.output
+    assert fuzz(*once("inputs.mode is Mode.DECODE"), *QUICK, "--baseline", "known.toml").exit_code == 0
+
+
+def test_what_is_mended_by_half_is_found_again() -> None:
+    assert fuzz(*once("inputs.mode is Mode.DECODE"), *QUICK).exit_code == 1
+    again = fuzz(*once("inputs.mode is Mode.DECODE and inputs.batch_size > 1"), *QUICK)
+    assert again.exit_code == 1, again.output
+    assert "1 finding open" in again.stdout
+    cases = [load(path).case for path in scan(Path("corpus/crashing"))]
+    assert sorted(case.bucket(0) for case in cases) == [1, 2]
+
+
+def test_a_regression_that_nobody_here_can_run_waits() -> None:
+    path = saved(Path(), implementation="good", mode=Mode.TARGET_VERIFY)
+    Path("corpus/regression/target-verify").mkdir(parents=True)
+    path.rename(Path("corpus/regression/target-verify", path.name))
+    mine = written(Path(), name="good", too_low=0)
+    told = fuzz("--impl", str(mine), "--only", "good", *QUICK)
+    assert told.exit_code == 0, told.output
+
+
 def test_a_regression_that_is_not_loaded_waits() -> None:
     path = saved(Path(), implementation="elsewhere")
     Path("corpus/regression/decode").mkdir(parents=True)
