@@ -48,7 +48,7 @@ class Result(NamedTuple):
         return f"exit code {self.exit_code}\n{self.stdout}{self.stderr}"
 
 
-QUICK = ("--max-time", "12s", "--slice", "6s", "--seed", "3", "--executor", "eager", "-w", "1", "--no-isolation")
+QUICK = ("--max-time", "8s", "--slice", "4s", "--seed", "3", "--executor", "eager", "-w", "1", "--no-isolation")
 
 
 @pytest.fixture(autouse=True)
