@@ -19,8 +19,8 @@ JOBS_BETWEEN_WAITS: Final = {"cuda": 16, "cpu": 1}
 
 
 class Job(NamedTuple):
-    """A case, and the pairs of implementation and executor that are judged on it; ``repeat``, ``delay``, ``fresh`` and
-    ``picture`` are ``repeat``, ``delay``, ``afresh`` and ``picture`` of ``Judge.judge``."""
+    """A case, and the pairs of implementation and executor that are judged on it; ``repeat``, ``delay``, ``fresh``,
+    ``picture`` and ``rerun`` are ``repeat``, ``delay``, ``afresh``, ``picture`` and ``rerun`` of ``Judge.judge``."""
 
     case: Case
     pairs: Sequence[tuple[Implementation, Executor]]
@@ -28,6 +28,7 @@ class Job(NamedTuple):
     delay: bool = True
     fresh: bool = True
     picture: bool = False
+    rerun: bool = True
 
 
 def judge_batch(jobs: Sequence[Job], device: str, careful: bool = False) -> Iterator[tuple[int, int, Verdict]]:
@@ -55,7 +56,7 @@ def _carefully(jobs: Sequence[Job], device: str) -> Iterator[tuple[int, int, Ver
         judge = Judge(job.case, device, careful=True)
         for pair, (implementation, executor) in enumerate(job.pairs):
             marks.take(number, pair)
-            verdict = judge.judge(implementation, executor, job.repeat, job.delay, job.fresh, picture=job.picture)
+            verdict = _judged(judge, job, implementation, executor, job.fresh)
             yield number, pair, verdict
 
 
@@ -98,9 +99,20 @@ def _looked_at(judge: Judge, job: Job, pair: int, screened: Screened | None, dou
     """The verdict of a pair that was not screened, or did not come out of it clean."""
     implementation, executor = job.pairs[pair]
     if screened is None:
-        return judge.judge(implementation, executor, job.repeat, job.delay, job.fresh, picture=job.picture)
+        return _judged(judge, job, implementation, executor, job.fresh)
     if screened.kept:
         # What an implementation did for other cases since its graphs were captured is no fault of this one.
         judge.rig.keeping(KeptGraphs).forget(implementation)
         doubts = ()
-    return judge.judge(implementation, executor, job.repeat, job.delay, doubts=doubts, picture=job.picture)
+    return _judged(judge, job, implementation, executor, doubts=doubts)
+
+
+def _judged(
+    judge: Judge,
+    job: Job,
+    implementation: Implementation,
+    executor: Executor,
+    afresh: bool = True,
+    doubts: Sequence[Doubt] = (),
+) -> Verdict:
+    return judge.judge(implementation, executor, job.repeat, job.delay, afresh, doubts, job.picture, job.rerun)

@@ -109,6 +109,7 @@ class Judge:
         self.case = case
         self._device, self._careful = device, careful and device == "cuda"
         self._delay = False
+        self._reruns = RERUNS
         self._picture = False
         self._pictures: tuple[Picture, ...] = ()
         self._images: dict[ImageKey, Image] = {}
@@ -131,6 +132,7 @@ class Judge:
         afresh: bool = True,
         doubts: Sequence[Doubt] = (),
         picture: bool = False,
+        rerun: bool = True,
     ) -> Verdict:
         """The verdict. A fault of the checker itself is ``unknown``, never ``agree``.
 
@@ -139,11 +141,12 @@ class Judge:
         this case and in its order; without, graphs that other cases captured may serve.
         ``doubts`` were seen when the pair was screened, with graphs that were captured for it: they are no less true if
         they are not seen again. With ``picture`` the verdict has the buffers of the replay whose content is wrong.
+        Without ``rerun`` it is not asked whether what disagrees does so every time.
         """
         said, served = self.applicable(implementation, executor)
         if not served:
             return said
-        self._delay = delay and len(served) > 1
+        self._delay, self._reruns = delay and len(served) > 1, RERUNS if rerun else 0
         self._picture, self._pictures = picture, ()
         try:
             settle(self._device, implementation)
@@ -222,7 +225,7 @@ class Judge:
         if self._is_frozen(implementation, executor, run, findings[0], repeat):
             message = f"called eagerly it agrees, replayed from the graph not: {findings[0].message}"
             findings = [replace(findings[0], code=Code.FROZEN, message=message), *findings]
-        for rerun in range(1, RERUNS + 1):
+        for rerun in range(1, self._reruns + 1):
             again = self._run(implementation, executor, served, repeat)
             failing_again, wrong_again = self._compare(implementation, again)
             if failing_again != failing or wrong_again != wrong or again.trouble != run.trouble:

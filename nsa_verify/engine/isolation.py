@@ -153,13 +153,14 @@ class Keeper(Judging):
             self._send(tuple(self._without(it, dead) for it in self._tasks[len(found) :]))
         return Outcomes([self._in_order(*it) for it in zip(self._tasks, found, strict=False)], before)
 
-    def judge_alone(self, case: Case, pair: Pair, careful: bool) -> Verdict | None:
+    def judge_alone(self, case: Case, pair: Pair, careful: bool, rerun: bool = True) -> Verdict | None:
         """The verdict on one case; None if it was left out because everything was asked to stop.
 
         ``careful`` is for cases that are expected to kill: each call is finished before the next, and a death is one.
+        ``rerun`` is that of ``Task``, for other cases.
         """
         if not careful:
-            return self._judged(case, pair)
+            return self._judged(case, pair, rerun)
         self._ready()
         self._tasks = (Task(case, (pair,)),)
         while True:
@@ -439,9 +440,15 @@ class Inside(Judging):
             ) from error
         return Outcomes(found, {})
 
-    def judge_alone(self, case: Case, pair: Pair, careful: bool) -> Verdict | None:  # noqa: ARG002 - see there
+    def judge_alone(
+        self,
+        case: Case,
+        pair: Pair,
+        careful: bool,  # noqa: ARG002 - see there
+        rerun: bool = True,
+    ) -> Verdict | None:
         """As ``Keeper.judge_alone``."""
-        return self._judged(case, pair)
+        return self._judged(case, pair, rerun)
 
     def renew(self) -> None:
         """A process cannot be had again."""

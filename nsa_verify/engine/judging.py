@@ -39,10 +39,11 @@ class Judging(ABC):
         """Wait for the tasks handed over. A task that was left out, because of ``until`` or ``stopped``, is missing."""
 
     @abstractmethod
-    def judge_alone(self, case: Case, pair: Pair, careful: bool) -> Verdict | None:
+    def judge_alone(self, case: Case, pair: Pair, careful: bool, rerun: bool = True) -> Verdict | None:
         """The verdict on one case; None if it was left out because everything was asked to stop.
 
         ``careful`` is for cases that are expected to kill: each call is finished before the next, and a death is one.
+        ``rerun`` is that of ``Task``, for other cases.
         """
 
     def judge(self, tasks: Sequence[Task], until: float = 0.0) -> Outcomes:
@@ -68,8 +69,8 @@ class Judging(ABC):
         finally:
             self._heeds = True
 
-    def _judged(self, case: Case, pair: Pair) -> Verdict | None:
-        judged = self.judge([Task(case, (pair,))]).judgements
+    def _judged(self, case: Case, pair: Pair, rerun: bool) -> Verdict | None:
+        judged = self.judge([Task(case, (pair,), rerun=rerun)]).judgements
         return judged[0][0].verdict if judged else None
 
     def _stopped(self) -> bool:

@@ -57,6 +57,8 @@ class Task(Struct, frozen=True):
     """Whether graphs are captured for this case alone; else those of earlier cases may serve it."""
     picture: bool = False
     """Whether verdicts that disagree have ``Verdict.pictures``."""
+    rerun: bool = True
+    """Whether what disagrees is run again to see whether it is deterministic."""
 
 
 class Prepare(Struct, frozen=True, tag=True):

@@ -20,7 +20,8 @@ from nsa_verify.engine.filing import fold, put_instead
 from nsa_verify.engine.isolation import Inside, Keeper
 from nsa_verify.engine.messages import Hello
 from nsa_verify.engine.plan import Plan
-from nsa_verify.engine.searcher import DEATHS, Seen, keeper_of, shrink, stopping
+from nsa_verify.engine.searcher import DEATHS, Seen, keeper_of, stopping
+from nsa_verify.engine.shrinking import shrink
 from nsa_verify.engine.simplifying import simplified
 
 PROBES: Final = 50_000

@@ -37,7 +37,8 @@ from nsa_verify.engine.inflight import Left
 from nsa_verify.engine.messages import Pair
 from nsa_verify.engine.plan import ROUND_CASES, Plan, digest
 from nsa_verify.engine.process import EngineError
-from nsa_verify.engine.searcher import DEATHS, RoundResult, Seen, ShrinkResult, judge_again, run_rounds, shrink
+from nsa_verify.engine.searcher import DEATHS, RoundResult, Seen, judge_again, run_rounds
+from nsa_verify.engine.shrinking import ShrinkResult, shrink
 
 Keep = Callable[[Disagreement], Disagreement]
 """Saves a disagreement and returns it with its path, or with the problem that prevented saving."""

@@ -22,30 +22,22 @@ from threading import BrokenBarrierError
 import msgspec
 from msgspec import Struct
 
-from nsa_verify.core.case import Case, size_of
-from nsa_verify.core.findings import Code, Finding, Outcome, Picture, Signature, Verdict
+from nsa_verify.core.case import Case
+from nsa_verify.core.findings import Code, Finding, Outcome, Signature, Verdict
 from nsa_verify.core.labels import Coverage
 from nsa_verify.core.spent import DRAW, TRANSPORT, WAIT, spending, taken
-from nsa_verify.engine.drawing import draw_round, shrink_round
-from nsa_verify.engine.events import Cell, Matrix, Observed, Reliability, Tally
+from nsa_verify.engine.drawing import draw_round
+from nsa_verify.engine.events import Cell, Matrix, Observed, Tally
 from nsa_verify.engine.isolation import Inside, Keeper
 from nsa_verify.engine.messages import Hello, Judgement, Pair, Task
 from nsa_verify.engine.plan import EAGER, ROUND_CASES, Plan, digest
-from nsa_verify.engine.simplifying import simplified
 
-RELIABILITY_RUNS = 5
 REPEAT_EVERY = 2
 """While cases are drawn, every second one is checked for idempotence; shrinking and replaying always check."""
 DELAY_EVERY = (10, 50)
 """The same for the delay of the stream, which costs more; the second once cases share a Setup, in long runs."""
 FRESH_EVERY = 32
 """The same for capturing graphs afresh where those of earlier cases would serve."""
-SIMPLIFYING_PROBES = 200
-"""How many cases are tried after Hypothesis's shrink."""
-PICTURE_RUNS = 3
-"""How often a case is run to have its buffers, if it does not disagree every time."""
-SEQUENCE_PROBES = 60
-"""How often a sequence of cases is run to make it shorter."""
 LEFT_OUT = "not run again: it killed its worker, or hung, in earlier rounds"
 DEATHS = (Code.DEATH, Code.HANG)
 
@@ -89,27 +81,6 @@ class RoundResult(Struct):
     """Empty if the plan does not ask for it."""
     observed: list[Observed] = []
     """Empty if the plan does not ask for it."""
-
-
-class ShrinkResult(Struct):
-    """The smallest case of a signature.
-
-    ``stable`` is False if probes contradicted each other, ``stopped`` says that the shrink was cut short.
-    """
-
-    case: Case
-    finding: Finding
-    probes: int
-    stable: bool
-    reliability: Reliability
-    stopped: bool = False
-    replaced: int = 0
-    before: list[Case] = []
-    """Cases to run first, for a death that does not come alone."""
-    symptoms: list[str] = []
-    """Everything that the case shows, ``Finding.symptom`` of each."""
-    pictures: tuple[Picture, ...] = ()
-    """Empty if the plan does not ask for them."""
 
 
 START_TIMEOUT_S = 300.0
@@ -316,119 +287,6 @@ def _moved(death: Verdict, case: Case) -> Verdict:
     replay = min(death.primary.replay, len(case.replays) - 1)
     finding = msgspec.structs.replace(death.primary, replay=replay, mode=case.replays[replay].mode)
     return msgspec.structs.replace(death, findings=(finding,))
-
-
-def shrink(plan: Plan, index: int, seen: Seen, hint: Case | None = None) -> ShrinkResult | None:
-    """The smallest case found that shows what was ``seen``, starting from round ``index``, which showed it; for a death
-    that does not come alone, the shortest sequence that ends in it.
-
-    Only the accused implementation is run, each probe in a worker that is alive and well. None if the round, run again,
-    did not show it. ``hint`` is the minimal case of the same bug under another executor: if it shows it here, it is
-    the minimal case here.
-    """
-    if seen.before:
-        return _shorten(plan, seen)
-    keeper, signature = keeper_of(plan), seen.signature
-    device = keeper.hello().device
-    shown: list[tuple[Case, Verdict]] = []
-    """The smallest that showed it so far by our measure, and the last."""
-    probes, replaced = 0, keeper.replaced
-
-    def shows(case: Case) -> bool:
-        nonlocal probes
-        probes += 1
-        verdict = _verdict_of(keeper, case, signature)
-        if verdict.primary is None or verdict.primary.signature_in(plan.detail) != signature:
-            return False
-        smallest = shown[0] if shown and size_of(shown[0][0]) < size_of(case) else (case, verdict)
-        shown[:] = [smallest, (case, verdict)]
-        return True
-
-    stable, stopped = True, False
-    try:
-        if hint is None or not shows(hint):
-            stable = shrink_round(plan, device, index, shows)
-            # What kills or hangs takes its time with every probe.
-            if stable and shown and signature.code not in DEATHS:
-                simplified(shown[-1][0], shows, SIMPLIFYING_PROBES)
-    except KeyboardInterrupt:
-        stopped = True
-    if not shown:
-        return None
-    # The last is the minimal case, which is what a person would have written; a shrink that was cut short, or went
-    # astray, ends anywhere.
-    case, verdict = shown[-1] if stable and not stopped else shown[0]
-    finding, symptoms = verdict.findings[0], [it.symptom for it in verdict.findings]
-    reliability = _reliability(keeper, case, signature)
-    drawn = pictures_of(plan, case, signature) if plan.pictures and not stopped else ()
-    died = keeper.replaced - replaced
-    return ShrinkResult(case, finding, probes, stable, reliability, stopped, died, pictures=drawn, symptoms=symptoms)
-
-
-def pictures_of(plan: Plan, case: Case, signature: Signature) -> tuple[Picture, ...]:
-    """The buffers of the replay of ``case`` that shows ``signature``; none if it does not, or kills."""
-    keeper, pair = keeper_of(plan), (signature.implementation, signature.executor)
-    for _ in range(PICTURE_RUNS if signature.code not in DEATHS else 0):
-        verdict = keeper.pictured(case, pair)
-        if verdict.primary is not None and verdict.primary.signature_in(plan.detail) == signature:
-            return verdict.pictures
-    return ()
-
-
-def _shorten(plan: Plan, seen: Seen) -> ShrinkResult:
-    """The fewest cases found that must be run before ``seen.case`` for its death to come again.
-
-    The case itself stays as it was drawn. If the death does not come again at all, ``stable`` is False and every case
-    before is kept.
-    """
-    keeper = keeper_of(plan)
-    assert isinstance(keeper, Keeper)
-    keeper.hello()
-    pair = (seen.signature.implementation, seen.signature.executor)
-    probes, replaced = 0, keeper.replaced
-
-    def dies(before: Sequence[Case]) -> bool:
-        nonlocal probes
-        probes += 1
-        return keeper.dies_of([Task(it, (pair,)) for it in (*before, seen.case)]) is seen.signature.code
-
-    before, stable = seen.before, True
-    try:
-        stable = dies(before)
-        size = len(before) // 2
-        while stable and size and probes < SEQUENCE_PROBES and not stopping():
-            for start in range(0, len(before), size):
-                fewer = before[:start] + before[start + size :]
-                if probes < SEQUENCE_PROBES and dies(fewer):
-                    before = fewer
-                    break
-            else:
-                size //= 2
-        disagreed = sum(dies(before) for _ in range(RELIABILITY_RUNS)) if stable else 0
-        reliability = Reliability(disagreed, RELIABILITY_RUNS if stable else 1)
-        stable = disagreed > 0
-    except KeyboardInterrupt:
-        reliability = Reliability(0, 0)
-    died = keeper.replaced - replaced
-    return ShrinkResult(seen.case, seen.finding, probes, stable, reliability, stopping(), died, before)
-
-
-def _verdict_of(keeper: Keeper | Inside, case: Case, signature: Signature) -> Verdict:
-    verdict = keeper.judge_alone(case, (signature.implementation, signature.executor), signature.code in DEATHS)
-    if stopping() or verdict is None:
-        raise KeyboardInterrupt
-    return verdict
-
-
-def _reliability(keeper: Keeper | Inside, case: Case, signature: Signature) -> Reliability:
-    """How often the case disagrees, from a worker on in which nothing was run before."""
-    disagreed, pair = 0, (signature.implementation, signature.executor)
-    for run in range(RELIABILITY_RUNS):
-        if run == 0 or keeper.hello().device == "cpu":  # a CUDA context takes seconds
-            keeper.renew()
-        primary = keeper.judge_whatever(case, pair, signature.code in DEATHS).primary
-        disagreed += primary is not None and (signature.code not in DEATHS or primary.code is signature.code)
-    return Reliability(disagreed, RELIABILITY_RUNS)
 
 
 def _count(result: RoundResult, case: Case, judgement: Judgement, before: list[Case], detail: bool) -> None:

@@ -171,7 +171,7 @@ class Desk:
         from nsa_verify.device.batch import Job
 
         named = [(self._implementations[name], self._executors[executor]) for name, executor in pairs]
-        return Job(task.case, named, task.repeat, task.delay, task.fresh, task.picture)
+        return Job(task.case, named, task.repeat, task.delay, task.fresh, task.picture, task.rerun)
 
     def _applies(self, case: Case, pair: Pair) -> tuple[tuple[Mode, ...], tuple[Skip, ...]]:
         """The modes of the case that ``pair`` runs, and those that it skips."""

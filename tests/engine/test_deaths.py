@@ -19,7 +19,7 @@ from engine.deadly import TRIGGER
 from nsa_verify import Case, Code, Mode, Outcome, Replay, Request, Setup
 from nsa_verify.core.findings import Finding
 from nsa_verify.core.marks import Mark, Phase
-from nsa_verify.engine import isolation, searcher
+from nsa_verify.engine import isolation, searcher, shrinking
 from nsa_verify.engine.events import CheckFailed, Disagreement, Event, RunFinished
 from nsa_verify.engine.isolation import Keeper
 from nsa_verify.engine.messages import Judgement, Pair, Task
@@ -175,7 +175,7 @@ def test_a_sequence_is_made_shorter(tmp_path: Path) -> None:
     finding = Finding(implementation="counts", executor="eager", code=Code.DEATH, replay=0, mode=Mode.DECODE)
     seen = searcher.Seen(finding.signature, finding, GOOD, 0, before=[GOOD] * 9)
     try:
-        result = searcher.shrink(plan, 0, seen)
+        result = shrinking.shrink(plan, 0, seen)
     finally:
         searcher.close()
     assert result is not None

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from shell.commands import registry_of_its_own, written
 
 from nsa_verify.core.findings import Signature
-from nsa_verify.engine import searcher
+from nsa_verify.engine import shrinking
 from nsa_verify.engine.events import Disagreement, Event, Observed, RoundFinished, RunFinished
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.search import search
@@ -85,7 +85,7 @@ def test_of_a_case_that_agrees_nothing_is_drawn(plan: Plan) -> None:
     from nsa_verify import Case, Code, Replay, Request, Setup
 
     case = Case(Setup(), (Replay(requests=(Request(),)),))
-    assert searcher.pictures_of(plan, case, Signature("vectorized", "eager", Code.WRONG_VALUE)) == ()
+    assert shrinking.pictures_of(plan, case, Signature("vectorized", "eager", Code.WRONG_VALUE)) == ()
 
 
 def test_a_death_leaves_nothing_to_draw() -> None:

@@ -15,7 +15,7 @@ from nsa_verify import Case, Mode, Outcome, Replay, Request, Setup
 from nsa_verify.core.findings import Code, Finding, Signature
 from nsa_verify.core.registry import ImplementationError
 from nsa_verify.engine import search as module
-from nsa_verify.engine import searcher
+from nsa_verify.engine import searcher, shrinking
 from nsa_verify.engine.events import (
     CheckFailed,
     Disagreement,
@@ -146,7 +146,7 @@ def test_the_first_round_that_shows_a_signature_is_the_one_shrunk(told: Told) ->
 
 
 def test_what_is_not_seen_again_is_kept_as_it_was_drawn(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(searcher, "shrink_round", lambda *_: True)
+    monkeypatch.setattr(shrinking, "shrink_round", lambda *_: True)
     (found,) = _events(msgspec.structs.replace(plan, max_examples=20))[1]
     assert (found.shrunk, found.reliability.runs) == (False, 0)
     assert found.note == "its round, run again, agreed: the case is kept as it was drawn"
@@ -198,12 +198,12 @@ def test_the_last_steps_of_a_shrink_are_those_on_the_case_itself(plan: Plan, mon
     ends: list[tuple[Case, bool]] = []
 
     def noted(case: Case, shows: Callable[[Case], bool], most: int) -> Case:
-        assert most == searcher.SIMPLIFYING_PROBES
+        assert most == shrinking.SIMPLIFYING_PROBES
         larger = Case(replace(case.setup, num_steps=case.setup.num_steps + 1), case.replays)
         ends.append((larger, shows(larger)))
         return larger
 
-    monkeypatch.setattr(searcher, "simplified", noted)
+    monkeypatch.setattr(shrinking, "simplified", noted)
     found = [it for it in search(plan, lambda it: it, "", {}) if isinstance(it, Disagreement)]
     assert ends
     assert {it.case for it in found} == {case for case, shown in ends if shown}

@@ -13,7 +13,7 @@ from shell.commands import invoke, saved, written
 
 from nsa_verify import Implementation
 from nsa_verify.device import batch
-from nsa_verify.engine import searcher
+from nsa_verify.engine import searcher, shrinking
 from nsa_verify.engine.corpus import load, scan
 from nsa_verify.engine.plan import ROUND_CASES
 
@@ -73,7 +73,7 @@ def test_while_a_case_is_shrunk(folder: Path) -> None:
     assert "\n40 cases in " in done.stdout
     assert "; the shrink was interrupted\n" in done.stdout
     (path,) = scan(folder / "corpus")
-    assert load(path).provenance.attempts == searcher.RELIABILITY_RUNS
+    assert load(path).provenance.attempts == shrinking.RELIABILITY_RUNS
 
 
 def test_json_holds_what_was_found(folder: Path) -> None:
