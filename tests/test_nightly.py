@@ -11,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+from conftest import NO_GPU
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / ".ci" / "nightly"
@@ -30,7 +31,12 @@ def refresh(inputs, steps, setup):
 
 def nightly(folder: Path, kind: str, arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
-    own = {"PATH": path, "NSA_VERIFY_TIME": "8s", "NSA_VERIFY_ARGS": arguments, "NSA_VERIFY_SANITIZERS": ""}
+    own = {
+        "PATH": path,
+        "NSA_VERIFY_TIME": "6s" if NO_GPU else "30s",
+        "NSA_VERIFY_ARGS": arguments,
+        "NSA_VERIFY_SANITIZERS": "",
+    }
     environment = {key: value for key, value in os.environ.items() if key != "GITHUB_STEP_SUMMARY"} | own | more
     return subprocess.run(
         [SCRIPT, *([kind] if kind else [])],
@@ -87,5 +93,36 @@ def test_the_workflow_runs_the_script_and_nothing_else_of_ours() -> None:
     schedules = re.findall(r"cron: \"([^\"]+)\"", WORKFLOW)
     assert f"github.event.schedule == '{schedules[1]}' && 'weekly'" in WORKFLOW
     after = WORKFLOW.partition("name: Search")[2]
-    assert after.count("- name: ") == after.count("if: always()") == 3
+    search, _, propose = after.partition("\n  propose:\n")
+    assert search.count("- name: ") == search.count("if: always()") == 2
+    assert propose.count("if: always()") == 1
     assert "tools/bootstrap.py --extra test" in WORKFLOW
+
+
+def test_nothing_that_a_pull_request_brings_runs_where_the_repository_can_be_written() -> None:
+    before, _, propose = WORKFLOW.partition("\n  propose:\n")
+    assert re.findall(r"^ *(?:contents|pull-requests): (\w+)", before, re.MULTILINE) == ["read"]
+    assert re.findall(r"^ *(?:contents|pull-requests): (\w+)", propose, re.MULTILINE) == ["write", "write"]
+    assert "github.event_name != 'pull_request'" in propose
+    assert not re.search(r"\.ci/|tools/|nsa-verify (?:fuzz|replay|corpus)|make ", propose)
+
+
+STUB = """#!/bin/sh
+echo "$*" >> calls
+case "$*" in *memcheck*) exit 1 ;; *racecheck*) exit 2 ;; *synccheck*) exit 1 ;; esac
+"""
+
+
+def test_the_weekly_job_runs_every_sanitizer_and_ends_with_the_gravest(tmp_path: Path) -> None:
+    stub = tmp_path / "bin" / "nsa-verify"
+    stub.parent.mkdir()
+    stub.write_text(STUB, encoding="utf-8")
+    stub.chmod(0o755)
+    own = {"PATH": f"{stub.parent}{os.pathsep}{os.environ['PATH']}", "NSA_VERIFY_SANITIZER_ARGS": "--impl mine.py"}
+    own |= {"NSA_VERIFY_ARGS": "-w 1"}
+    environment = {key: value for key, value in os.environ.items() if key != "NSA_VERIFY_SANITIZERS"} | own
+    done = subprocess.run([SCRIPT, "weekly"], cwd=tmp_path, env=environment, timeout=30, check=False)
+    assert done.returncode == 2
+    tools = ("memcheck", "initcheck", "racecheck", "synccheck")
+    calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+    assert calls == ["fuzz --mode prune -w 1", *(f"replay --sanitizer {it} --impl mine.py" for it in tools)]

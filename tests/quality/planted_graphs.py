@@ -22,7 +22,7 @@ from quality.smallest import (
     two_rows,
     two_rows_with_a_stride,
     two_steps,
-    two_totals_in_one_bucket,
+    two_totals,
     verify_and_decode,
     verify_between_decodes,
 )
@@ -176,9 +176,9 @@ BATCH_SIZE_COMPILED: Final = GraphBug(
 TOTAL_COMPILED: Final = GraphBug(
     name="total-compiled",
     code=Code.RECOMPILES,
-    smallest=two_totals_in_one_bucket,
+    smallest=two_totals,
     eagerly=Eagerly.ONLY,
-    told="lengths or accepts",
+    told="is compiled anew as",
     modes=(Mode.DRAFT_EXTEND,),
 )
 SILENT: Final = GraphBug(

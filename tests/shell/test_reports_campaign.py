@@ -11,7 +11,7 @@ from shell import reading
 from shell.campaigns import campaign_events, finding, group
 
 from nsa_verify.core.findings import Code
-from nsa_verify.engine.events import CampaignFinished, Event
+from nsa_verify.engine.events import CampaignFinished, Event, RoundFinished
 from nsa_verify.engine.plan import Plan
 from nsa_verify.shell.reports.observability import PROPERTY
 
@@ -106,6 +106,17 @@ def test_ndjson_is_there_while_the_campaign_runs(folder: Path, events: list[Even
         reports.handle(event)
         assert (folder / "x.ndjson").read_text().count("\n") == number + 1
     reports.close(0, "")
+
+
+def test_ndjson_of_a_night_is_not_a_line_for_every_round(
+    folder: Path, events: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nsa_verify.shell.reports.ndjson.ROUNDS", 2)
+    lines = reading.lines(reading.written(events, "ndjson=x.ndjson", plan=PLAN))
+    others = [type(it).__name__ for it in events if not isinstance(it, RoundFinished)]
+    assert sum(isinstance(it, RoundFinished) for it in events) == 4
+    assert [it["type"] for it in lines if it["type"] != "RoundFinished"] == ["Begin", *others, "End"]
+    assert sum(it["type"] == "RoundFinished" for it in lines) == 2
 
 
 def test_the_page_has_the_groups(folder: Path, events: list[Event]) -> None:

@@ -137,6 +137,8 @@ def test_an_implementation_that_kills_its_process(folder: Path) -> None:
     ],
 )
 def test_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], sentence: str) -> None:
+    if not NO_GPU and arguments[-1] in ("warp", "nowhere.py"):
+        pytest.skip("in this very process Triton compiles, and cannot be interpreted any more")
     saved(folder)
     monkeypatch.setattr(sanitizing, "find_spec", lambda _: True)
     assert sentence in refused(invoke("replay", *arguments))

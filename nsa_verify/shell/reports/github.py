@@ -39,7 +39,7 @@ def _parts(story: Story) -> Iterator[str]:
     for it in [it for it in found if it.counts][:MOST_IN_FULL]:
         yield _details(_escaped(it.headline), [*it.lines, *_reproduce(story, it)])
     if story.unknown:
-        lines = [f"{it.implementation} [{it.executor}]: {it.reason}" for it in story.distinct_unknown()]
+        lines = [f"{it.implementation} [{it.executor}]: {it.reason}" for it in story.unknown]
         yield _details(f"{counted(story.unknown_verdicts() or len(lines), 'verdict')} unknown", lines)
     if failed := [it for it in story.replayed if it.status != "FIXED"]:
         cases = [(str(it.path), it.status, it.problem or it.title) for it in failed[:MOST_ROWS]]

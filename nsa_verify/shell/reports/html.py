@@ -63,7 +63,7 @@ def text(story: Story) -> str:
 def _context(story: Story) -> dict[str, Any]:
     found = story.found
     parts = list(_parts(story, found[:MOST_IN_FULL]))
-    unknown = [(it.implementation, it.executor, _cut(it.reason)) for it in story.distinct_unknown()]
+    unknown = [(it.implementation, it.executor, _cut(it.reason)) for it in story.unknown]
     return {
         "story": story,
         "version": __version__,

@@ -88,7 +88,7 @@ def _test(story: Story, key: CellKey, found: dict[CellKey, list[Found]]) -> Test
         if not here:
             test.lines = [f"minimal case under {it.finding.mode}: {it.headline}" for it in others]
     elif cell.unknown:
-        told = story.distinct_unknown()
+        told = story.unknown
         test.result = "error"
         test.lines = [it.reason for it in told if (it.implementation, it.executor) == (implementation, executor)]
         test.message = f"{cell.unknown} of {cell.cases} verdicts are unknown"

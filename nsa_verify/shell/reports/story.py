@@ -108,7 +108,8 @@ class Story:
         self.subjects: dict[str, Subject] = {}
         self.executors: tuple[str, ...] = ()
         self.disagreements: list[Disagreement] = []
-        self.unknown: list[CheckFailed] = []
+        self._unknown: dict[tuple[str, str, str], CheckFailed] = {}
+        """The first of each implementation, executor and reason."""
         self.recovered: Recovered | None = None
         self.replayed: list[CaseReplayed] = []
         self.slices: list[tuple[SliceStarted, SliceFinished]] = []
@@ -136,7 +137,7 @@ class Story:
             case Disagreement():
                 self.disagreements.append(event)
             case CheckFailed():
-                self.unknown.append(event)
+                self._unknown.setdefault((event.implementation, event.executor, event.reason), event)
             case Recovered():
                 self.recovered = event
             case RunFinished():
@@ -226,9 +227,10 @@ class Story:
         """How many verdicts were unknown."""
         return self.matrix.total(Outcome.UNKNOWN)
 
-    def distinct_unknown(self) -> list[CheckFailed]:
-        """The first of each implementation, executor and reason."""
-        return list({(it.implementation, it.executor, it.reason): it for it in reversed(self.unknown)}.values())[::-1]
+    @property
+    def unknown(self) -> list[CheckFailed]:
+        """Checks that failed: the first of each implementation, executor and reason."""
+        return list(self._unknown.values())
 
     def _start(self, event: RunStarted) -> None:
         self.started = event
