@@ -43,7 +43,7 @@ LAYERS: Final = {
     "nsa_verify.device": _layer("nsa_verify nsa_verify.core", "msgspec torch triton triton_viz numpy"),
     "nsa_verify.engine": _layer(
         "nsa_verify nsa_verify.core nsa_verify.strategies nsa_verify.mutants nsa_verify.engine.worker",
-        "msgspec filelock hypothesis",
+        "msgspec filelock hypothesis ray redis",
     ),
     # Imported by the engine process, run in the worker process: there, and nowhere else, it needs the device side.
     "nsa_verify.engine.worker": _layer(
@@ -94,7 +94,12 @@ def _files() -> tuple[Path, ...]:
     try:
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):
-        generated = {"build", "__pycache__", *(it.name for it in ROOT.glob(".*") if it.is_dir() and it.name != ".ci")}
+        ours = (".ci", ".github")
+        generated = {
+            "build",
+            "__pycache__",
+            *(it.name for it in ROOT.glob(".*") if it.is_dir() and it.name not in ours),
+        }
         found = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
         listed = [str(path) for path in found if not any(_is_generated(part, generated) for part in path.parts)]
     return tuple(sorted(ROOT / name for name in set(listed) if name and (ROOT / name).is_file()))

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from nsa_verify.core.case import Mode, size_of
+from nsa_verify.core.case import Mode
 from nsa_verify.core.findings import Finding, Outcome
 from nsa_verify.core.labels import possible_pairs
 from nsa_verify.engine.corpus import CorpusError, Entry, Kind, Provenance, SavedFinding, dumps, scan
@@ -45,6 +45,7 @@ from nsa_verify.engine.events import (
     StopReason,
     Tally,
 )
+from nsa_verify.engine.exchange import Exchange, opened
 from nsa_verify.engine.filing import put_instead
 from nsa_verify.engine.keeping import entry_of, keep
 from nsa_verify.engine.messages import Hello
@@ -53,7 +54,7 @@ from nsa_verify.engine.record import Record, recorded, save_record
 from nsa_verify.engine.replaying import Replayed, Status, replay_saved
 from nsa_verify.engine.saving import search_and_save
 from nsa_verify.engine.sharing import Choice, choose
-from nsa_verify.engine.triage import Baseline, Bug, Saved, groups
+from nsa_verify.engine.triage import Baseline, Bug, Saved, groups, measure
 
 CHANGE: Final = "change"
 BATCH: Final = "batch"
@@ -79,6 +80,8 @@ class Ask(Struct, frozen=True, kw_only=True):
     environment: dict[str, str] = {}
     baseline: Baseline = Baseline()
     slice_s: float = 0.0
+    database: str = ""
+    """What other campaigns share their cases through, as ``exchange.opened`` takes it."""
 
 
 class Totals(Struct):
@@ -99,18 +102,21 @@ class Totals(Struct):
     """Regression cases that disagree again."""
     fixed: set[Path] = set()
     """Crashing cases that agree now."""
+    failed: set[Path] = set()
+    """Crashing cases that fail as they did."""
     unknown: int = 0
     problems: list[str] = []
 
 
 def campaign(ask: Ask) -> Iterator[Event]:
-    """Run it. Raises as ``search`` does, and ``CorpusError``.
+    """Run it. Raises as ``search`` does, ``CorpusError``, and ``ExchangeError`` if the database is not there at first.
 
     Ctrl-C ends the search that is running as it ends any, and then the campaign.
     """
     began = time.monotonic()
     totals = Totals()
-    with recorded(ask.root) as record:
+    asked: list[int] = []
+    with recorded(ask.root) as record, opened(ask.database) as exchange:
         if not record.slices:
             record.seed = ask.plan.seed
         record.forget_all_but({str(bug) for bug in groups(ask.root)[0]})
@@ -125,21 +131,28 @@ def campaign(ask: Ask) -> Iterator[Event]:
             slices=record.slices,
             environment=ask.environment,
         )
-        stop = yield from _replay(ask, record, totals)
+        with _deferred(asked):
+            yield from [exchange.begin(ask.root)] if exchange else []
+        paths = [path for kind in (Kind.REGRESSION, Kind.CRASHING) for path in _files(ask.root / kind)]
+        stop = StopReason.INTERRUPTED if asked else (yield from _replay(ask, record, totals, paths, exchange))
         if stop is None:
-            stop = yield from _slices(ask, record, totals, began)
+            stop = yield from _slices(ask, record, totals, began, exchange)
         with _deferred([]):
+            if exchange and exchange.waiting:
+                yield exchange.go_on(ask.root, totals.fixed, take=False)
+                totals.problems.extend(exchange.unsent())
             yield _finished(ask, record, totals, stop, time.monotonic() - began)
 
 
-def _replay(ask: Ask, record: Record, totals: Totals) -> Generator[Event, None, StopReason | None]:
+def _replay(
+    ask: Ask, record: Record, totals: Totals, paths: Collection[Path], exchange: Exchange | None
+) -> Generator[Event, None, StopReason | None]:
     """Saved cases first: what disagrees again is not new, and what was mended must stay so."""
-    paths = [path for kind in (Kind.REGRESSION, Kind.CRASHING) for path in _files(ask.root / kind)]
     if not paths:
         return None
     now = _now()
     try:
-        for told in replay_saved(replace(ask.plan, workers=min(ask.plan.workers, len(paths))), paths):
+        for told in replay_saved(replace(ask.plan, workers=min(ask.plan.workers, len(paths))), list(paths)):
             if isinstance(told, Hello) or told.not_loaded:
                 continue
             event = CaseReplayed(told.path, told.status, told.entry.title if told.entry else "", told.problem)
@@ -155,6 +168,9 @@ def _replay(ask: Ask, record: Record, totals: Totals) -> Generator[Event, None, 
                 record.unlearn(Bug.of(told.entry.finding))
     except KeyboardInterrupt:
         return StopReason.INTERRUPTED
+    if exchange:
+        for bug in exchange.settle(ask.root, totals.failed):
+            totals.findings.pop(bug, None)  # that of the case which is gone
     save_record(ask.root, record)
     return StopReason.NEW if ask.kind == CHANGE and totals.failing else None
 
@@ -172,6 +188,8 @@ def _see_again(ask: Ask, record: Record, totals: Totals, told: Replayed, event: 
         group = bug if bug in known else record.same(bug, [it.symptom for it in verdict.findings], known)
         if group is not None:  # else the case fails in another way, or elsewhere: a search is to find that
             totals.findings.setdefault(group, (verdict.primary, Reliability(1, 1)))
+            if told.entry.finding is not None and group == Bug.of(told.entry.finding):
+                totals.failed.add(told.path)
             totals.executors.setdefault(group, set()).add(verdict.executor)
             record.see(group, verdict.primary.signature_in(True), now)
 
@@ -189,17 +207,20 @@ def _files(folder: Path) -> list[Path]:
     return list(scan(folder)) if folder.is_dir() else []
 
 
-def _slices(ask: Ask, record: Record, totals: Totals, began: float) -> Generator[Event, None, StopReason]:
+def _slices(
+    ask: Ask, record: Record, totals: Totals, began: float, exchange: Exchange | None
+) -> Generator[Event, None, StopReason]:
     deadline = began + ask.budget_s
     length = ask.slice_s or min(max(ask.budget_s / SLICES, SHORTEST_SLICE_S), LONGEST_SLICE_S)
     loaded: tuple[str, ...] = ask.plan.only
     executors = ask.plan.executors
+    has: dict[str, tuple[Mode, ...]] = {}
     asked: list[int] = []
     while (left := deadline - time.monotonic()) > 0:
         number = record.slices
         choice = Choice(ask.plan.modes, (), executors)
         if executors:
-            choice = choose(record.shares, number, record.seed, ask.plan.modes, loaded, executors)
+            choice = choose(record.shares, number, record.seed, ask.plan.modes, loaded, executors, has)
         plan = _plan(ask, record, choice, number, min(length, left))
         ended: RunFinished | None = None
         yield SliceStarted(number, plan.max_time_s, choice.modes, choice.implementations or loaded, choice.executors)
@@ -210,6 +231,7 @@ def _slices(ask: Ask, record: Record, totals: Totals, began: float) -> Generator
                     has_started = True
                     loaded = loaded or tuple(it.name for it in event.subjects)
                     executors = executors or event.executors
+                    has |= {it.name: it.modes for it in event.subjects}
                 elif isinstance(event, RunFinished):
                     ended = event
                 _listen(record, totals, plan, event, began)
@@ -223,8 +245,13 @@ def _slices(ask: Ask, record: Record, totals: Totals, began: float) -> Generator
         choice = replace(choice, implementations=choice.implementations or loaded)
         with _deferred(asked):
             yield _count(ask, record, totals, choice, ended, plan)
+            told = [exchange.go_on(ask.root, totals.fixed)] if exchange else []
+            yield from told
         if asked or ended.stop is StopReason.INTERRUPTED:
             return StopReason.INTERRUPTED
+        stop = yield from _replay(ask, record, totals, [path for it in told for path in it.taken], exchange)
+        if stop is not None:
+            return stop
         if ask.kind == CHANGE and totals.new - _accepted(ask, totals.new):
             return StopReason.NEW
     return StopReason.TIME
@@ -256,6 +283,8 @@ def _deferred(asked: list[int]) -> Iterator[None]:
 
 
 def _plan(ask: Ask, record: Record, choice: Choice, number: int, seconds: float) -> Plan:
+    # A case that is as it was drawn, since its shrink was cut short, is to be seen again and shrunk.
+    as_drawn = {str(bug) for bug, saved in groups(ask.root)[0].items() if not any(_is_shrunk(it.entry) for it in saved)}
     return replace(
         ask.plan,
         seed=Random(f"{record.seed}/slice/{number}").getrandbits(32),
@@ -266,7 +295,9 @@ def _plan(ask: Ask, record: Record, choice: Choice, number: int, seconds: float)
         executors=choice.executors,
         coverage=True,
         detail=True,
-        known=tuple(signature for it in record.sightings.values() for signature in it.signatures),
+        known=tuple(
+            signature for bug, it in record.sightings.items() if bug not in as_drawn for signature in it.signatures
+        ),
         until_new=ask.kind == CHANGE,
     )
 
@@ -303,9 +334,10 @@ def _open(saved: list[Saved], totals: Totals) -> list[Saved]:
 
 
 def _replaced(found: Disagreement, root: Path, entry: Entry, older: Saved) -> Disagreement:
-    """``found`` in the place of the group's case, if it is smaller than that."""
+    """``found`` in the place of the group's case, if it is smaller than that, or as small and that was never shrunk."""
     path = older.path
-    if _is_smaller(entry, older):
+    size, least = measure(entry), measure(older.entry)
+    if size < least or (size == least and _is_shrunk(entry) and not _is_shrunk(older.entry)):
         try:
             path = put_instead(root, older.path, older.entry, Kind.CRASHING, entry)
         except CorpusError as error:
@@ -313,8 +345,8 @@ def _replaced(found: Disagreement, root: Path, entry: Entry, older: Saved) -> Di
     return replace(found, path=path)
 
 
-def _is_smaller(entry: Entry, older: Saved) -> bool:
-    return (len(entry.before), size_of(entry.case)) < (len(older.entry.before), size_of(older.entry.case))
+def _is_shrunk(entry: Entry) -> bool:
+    return entry.provenance.attempts is not None
 
 
 def _count(ask: Ask, record: Record, totals: Totals, choice: Choice, ended: RunFinished, plan: Plan) -> SliceFinished:

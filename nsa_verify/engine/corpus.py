@@ -190,28 +190,40 @@ def load(path: Path) -> Entry:
     A name that ends in a hash must carry that of the content; a file with another name (written by hand) has none to
     carry.
     """
-    content = _read(path)
-    _check_format(path, content)
     try:
-        entry = msgspec.convert(content, Entry)
-    except msgspec.ValidationError as error:
-        _refuse(path, _field_sentence(str(error)), "correct the field or remove the file")
+        text = path.read_bytes()
+    except OSError as error:
+        _refuse(path, f"cannot be read: {_reason(error)}", "check the path and its permissions")
+    entry, actual = _parsed(path, text)
     found = _HASHED_STEM.fullmatch(path.stem)
-    actual = _digest(content["case"])
     if found and found["hash"] != actual:
         name = f"{found['slug']}-{actual}{path.suffix}"
         _refuse(path, f"the case was changed: its hash is {actual}, not {found['hash']}", f"rename the file to {name}")
     return entry
 
 
-def _read(path: Path) -> dict[str, Any]:
+def loads(text: bytes, where: str) -> Entry:
+    """The entry that ``dumps`` made ``text`` of. Raises ``CorpusError`` as ``load`` does; ``where`` names the text."""
+    return _parsed(where, text)[0]
+
+
+def _parsed(path: Path | str, text: bytes) -> tuple[Entry, str]:
+    """What the text of a file says, and the hash of the case as it says it."""
+    content = _read(path, text)
+    _check_format(path, content)
+    try:
+        entry = msgspec.convert(content, Entry)
+    except msgspec.ValidationError as error:
+        _refuse(path, _field_sentence(str(error)), "correct the field or remove the file")
+    return entry, _digest(content["case"])
+
+
+def _read(path: Path | str, encoded: bytes) -> dict[str, Any]:
     """The JSON object in a file, each of its keys given once."""
     try:
-        text = path.read_bytes().decode()
+        text = encoded.decode()
     except UnicodeDecodeError as error:
         _refuse(path, f"not UTF-8 text (byte {error.start})", "save it as UTF-8 or remove it")
-    except OSError as error:
-        _refuse(path, f"cannot be read: {_reason(error)}", "check the path and its permissions")
     if not text.strip():
         _refuse(path, "the file is empty", "restore or remove it")
     try:
@@ -235,7 +247,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_format(path: Path, content: dict[str, Any]) -> None:
+def _check_format(path: Path | str, content: dict[str, Any]) -> None:
     if content.get("format") != FORMAT:
         told = f"is {content['format']!r}" if "format" in content else "is missing"
         _refuse(path, f'field format {told}, so this is no case; a case says "{FORMAT}"', "restore or remove it")
@@ -256,7 +268,7 @@ def _field_sentence(message: str) -> str:
     return f"field {where}: {what}" if where else what
 
 
-def _refuse(path: Path, what: str, remedy: str) -> NoReturn:
+def _refuse(path: Path | str, what: str, remedy: str) -> NoReturn:
     raise CorpusError(f"{path}: {what}; {remedy}")
 
 
@@ -404,6 +416,7 @@ __all__ = [
     "dumps",
     "file_name",
     "load",
+    "loads",
     "path_of",
     "save",
     "scan",

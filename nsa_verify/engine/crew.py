@@ -6,12 +6,13 @@ import multiprocessing
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
-from typing import Any, Generic, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, Generic, ParamSpec, Self, TypeVar
 
 from nsa_verify.engine import searcher
 from nsa_verify.engine.messages import Hello
@@ -50,19 +51,18 @@ class Promise(Generic[T]):
         return self.future.result()
 
 
-class Crew:
-    """``submit`` work, get promises. With one worker the work is done in this process, at once.
+class BaseCrew(ABC):
+    """``submit`` work, get promises; who does it is the business of those that inherit.
 
-    Whoever did the work ends at the end the worker that it kept.
-
-    Searchers are forked from a process that has no CUDA context and no threads. While the crew is entered the first
-    Ctrl-C or SIGTERM asks the work to end with what it has and sets ``interrupted``; a second one, or one that comes
-    before the workers are up, is a ``KeyboardInterrupt`` wherever it strikes. A searcher that is killed from outside is
-    replaced, and what it did is begun again.
+    While the crew is entered the first Ctrl-C or SIGTERM asks the work to end with what it has and sets
+    ``interrupted``; a second one, or one that comes before the workers are up, is a ``KeyboardInterrupt`` wherever it
+    strikes. A searcher that is killed from outside is replaced, and what it did is begun again.
     """
 
-    def __init__(self, workers: int, device: str = "auto") -> None:
-        self._pool: ProcessPoolExecutor | None = None
+    WERE_KILLED: ClassVar[str]
+    """What is said if work cannot be had because its searchers were killed again and again."""
+
+    def __init__(self, workers: int) -> None:
         self.workers = workers
         self.interrupted = False
         self.said: Hello
@@ -70,45 +70,39 @@ class Crew:
         self._up = False
         self._interrupted_at_s = 0.0
         self._handlers: dict[int, Any] = {}
-        self._strangers: set[BaseProcess] = set(multiprocessing.active_children())
-        if workers > 1:
-            self._context = fork_context(device)
-            self._stop = self._context.Event()
-            self._all_ready = self._context.Barrier(workers)
-            self._numbers = self._context.Value("i", 0)
-            self._pool = self._new_pool()
 
-    def _new_pool(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            self.workers, self._context, searcher.obey, (self._stop, self._all_ready, self._numbers)
-        )
+    @property
+    def replaced(self) -> int:
+        """How many searchers died with their process or their machine, and were replaced by others."""
+        return 0
 
     def submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Promise[T]:
         """A promise of ``work(*args)``; its exceptions are the promise's."""
         return Promise(lambda: self._begin(work, *args, **kwargs))
 
-    def _begin(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        if self._pool is not None:
-            with deaf_children():
-                try:
-                    return self._pool.submit(work, *args, **kwargs)
-                except BrokenProcessPool:
-                    self._pool = self._new_pool()
-                    return self._pool.submit(work, *args, **kwargs)
-        future: Future[T] = Future()
-        try:
-            future.set_result(work(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001 - it reaches whoever asks for the result
-            future.set_exception(error)
-        return future
-
+    @abstractmethod
     def hello(self, plan: Plan) -> Hello:
-        """Have every searcher and its worker start up, and return what they say. Raises what kept one from starting."""
-        promises = [self.submit(searcher.hello, plan) for _ in range(self.workers)]
-        said = [promise.result() for promise in promises]
-        self.said = said[0]
-        self._up = True
-        return self.said
+        """Have searchers and their workers start up, and return what they say. Raises what kept one from starting."""
+
+    @abstractmethod
+    def _begin(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Have it done; a future whose searcher was killed raises ``BrokenProcessPool``."""
+
+    @abstractmethod
+    def _look(self) -> None:
+        """Called while work is waited for: raises ``EngineError`` if nobody will ever do it."""
+
+    @abstractmethod
+    def _ask_to_stop(self) -> None:
+        """Ask the searchers to end what they do, with what they have. May come from a signal handler."""
+
+    @abstractmethod
+    def _kill(self) -> None:
+        """End the searchers, whatever they are doing."""
+
+    @abstractmethod
+    def _end(self) -> None:
+        """Wait for what was begun, and let the searchers go."""
 
     def wait(self, promises: Iterable[Promise[T]]) -> set[Promise[T]]:
         """Those that are done, at least one; a searcher that outstays ``GRACE_S`` after Ctrl-C is killed for it."""
@@ -120,6 +114,7 @@ class Crew:
                 ended = {it for it in ended if not it.begin_again()}
             if ended:
                 return ended
+            self._look()
             if self.interrupted and time.monotonic() - self._interrupted_at_s > GRACE_S:
                 self._kill()
 
@@ -137,8 +132,7 @@ class Crew:
         self.interrupted = True
         self._interrupted_at_s = time.monotonic()
         searcher.stop()
-        if self._pool is not None:
-            self._stop.set()
+        self._ask_to_stop()
 
     def __enter__(self) -> Self:
         searcher.stop(False)
@@ -151,28 +145,88 @@ class Crew:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            if self._pool is not None:
-                if kind is not None:
-                    self.stop()
-                    if not issubclass(kind, Exception):
-                        self._kill()
-                self._pool.shutdown(wait=True, cancel_futures=True)
+            if kind is not None:
+                self.stop()
+                if not issubclass(kind, Exception):
+                    self._kill()
+            self._end()
         finally:
             searcher.stop(False)
             while self._handlers:
                 signal.signal(*self._handlers.popitem())
             searcher.close()
         if isinstance(error, BrokenProcessPool):
-            raise EngineError(
-                "the processes that draw the cases were killed; see whether memory runs out here, and run again, with"
-                " fewer --workers if it does"
-            ) from error
+            raise EngineError(self.WERE_KILLED) from error
 
     def _on_interrupt(self, _: int, __: FrameType | None) -> None:
         if self.interrupted or not self._up:
             raise KeyboardInterrupt
         self.stop()
 
+
+class Crew(BaseCrew):
+    """Searchers of this machine. With one worker the work is done in this process, at once.
+
+    Whoever did the work ends at the end the worker that it kept. Searchers are forked from a process that has no CUDA
+    context and no threads.
+    """
+
+    WERE_KILLED = (
+        "the processes that draw the cases were killed; see whether memory runs out here, and run again, with fewer"
+        " --workers if it does"
+    )
+
+    def __init__(self, workers: int, device: str = "auto") -> None:
+        super().__init__(workers)
+        self._pool: ProcessPoolExecutor | None = None
+        self._strangers: set[BaseProcess] = set(multiprocessing.active_children())
+        if workers > 1:
+            self._context = fork_context(device)
+            self._stop = self._context.Event()
+            self._all_ready = self._context.Barrier(workers)
+            self._numbers = self._context.Value("i", 0)
+            self._pool = self._new_pool()
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self.workers, self._context, searcher.obey, (self._stop, self._all_ready, self._numbers)
+        )
+
+    def _begin(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        if self._pool is not None:
+            with deaf_children():
+                try:
+                    return self._pool.submit(work, *args, **kwargs)
+                except BrokenProcessPool:
+                    self._pool = self._new_pool()
+                    return self._pool.submit(work, *args, **kwargs)
+        future: Future[T] = Future()
+        try:
+            future.set_result(work(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001 - it reaches whoever asks for the result
+            future.set_exception(error)
+        return future
+
+    def hello(self, plan: Plan) -> Hello:
+        """As ``BaseCrew.hello``: every searcher is up when it returns."""
+        promises = [self.submit(searcher.hello, plan) for _ in range(self.workers)]
+        said = [promise.result() for promise in promises]
+        self.said = said[0]
+        self._up = True
+        return self.said
+
+    def _look(self) -> None:
+        """The futures of a pool that is broken say so."""
+
+    def _ask_to_stop(self) -> None:
+        if self._pool is not None:
+            self._stop.set()
+
     def _kill(self) -> None:
-        for child in set(multiprocessing.active_children()) - self._strangers:
-            child.kill()
+        if self._pool is not None:
+            for child in set(multiprocessing.active_children()) - self._strangers:
+                child.kill()
+
+    def _end(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

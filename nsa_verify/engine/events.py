@@ -222,6 +222,25 @@ class Recovered(Struct, frozen=True):
     problems: tuple[str, ...]
 
 
+class Exchanged(Struct, frozen=True):
+    """A campaign's corpus and the ``database`` that it shares with others were compared, and gave each other cases.
+
+    ``taken`` are new in the corpus, ``sent`` and ``removed`` count values of the database. ``unreadable`` counts those
+    that were not told before and are no cases to this version, ``example`` says what is wrong with one; they stay.
+    ``waiting`` counts cases that are still to be sent, ``problem`` says why, ``failures`` how often that was so.
+    """
+
+    database: str
+    taken: tuple[Path, ...] = ()
+    sent: int = 0
+    removed: int = 0
+    unreadable: int = 0
+    example: str = ""
+    waiting: int = 0
+    failures: int = 0
+    problem: str = ""
+
+
 class CheckFailed(Struct, frozen=True):
     """A verdict was unknown: the checker failed on a case. Red, whatever else was seen."""
 
@@ -356,6 +375,7 @@ Event = (
     RunStarted
     | WorkersReady
     | Recovered
+    | Exchanged
     | RoundFinished
     | DisagreementSeen
     | Shrinking

@@ -32,7 +32,7 @@ def entry_of(found: Disagreement, provenance: Provenance) -> Entry:
     )
 
 
-def _slug(finding: Finding) -> str:
+def slug_for(finding: Finding | SavedFinding) -> str:
     """One per signature: the minimal case may be the same under two executors, and each must be kept."""
     executor = "" if finding.executor == EAGER else f"-{finding.executor}"
     return f"{finding.code}-{finding.implementation}{executor}"
@@ -43,7 +43,7 @@ def keep(found: Disagreement, root: Path, provenance: Provenance) -> Disagreemen
     entry = entry_of(found, provenance)
     finding = found.finding
     try:
-        path = save(root, Kind.CRASHING, entry, _slug(finding))
+        path = save(root, Kind.CRASHING, entry, slug_for(finding))
     except CorpusError as error:
         return msgspec.structs.replace(found, problem=str(error), json=dumps(entry))
     return msgspec.structs.replace(found, path=path)

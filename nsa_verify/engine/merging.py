@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from nsa_verify.engine.corpus import CorpusError, Kind, check_writable, load, scan, slug_of
+from nsa_verify.engine.corpus import CorpusError, Entry, Kind, check_writable, load, scan, slug_of
 from nsa_verify.engine.filing import Fate, put_beside
 
 _UNLESS = {
@@ -45,7 +45,7 @@ def _merged(root: Path, sources: Sequence[Path]) -> Iterator[Merged]:
     for source in sources:
         for path in sorted(source.glob("[!.]*.json")):
             yield Merged(path, problem=f"{path}: lies in none of {', '.join(Kind)}; move it into one of them")
-    for kind, unless in _UNLESS.items():
+    for kind in _UNLESS:
         for source in sources:
             for path in scan(source / kind) if (source / kind).is_dir() else ():
                 try:
@@ -53,8 +53,13 @@ def _merged(root: Path, sources: Sequence[Path]) -> Iterator[Merged]:
                 except CorpusError as error:
                     yield Merged(path, problem=str(error))
                     continue
-                there, fate = put_beside(root, kind, entry, slug_of(path), unless)
+                there, fate = put(root, kind, entry, slug_of(path))
                 yield Merged(path, fate, there)
+
+
+def put(root: Path, kind: Kind, entry: Entry, slug: str) -> tuple[Path, Fate]:
+    """Put one entry of elsewhere under ``root``, by the rules of a merge. Raises ``CorpusError``."""
+    return put_beside(root, kind, entry, slug, _UNLESS[kind])
 
 
 def _check(root: Path, source: Path) -> None:

@@ -46,6 +46,13 @@ class Plan(Struct, frozen=True, kw_only=True):
     only: tuple[str, ...] = ()
     profile: str = "dev"
     workers: int = 1
+    engine: str = "local"
+    """Where the searchers are: ``local``, processes of this machine, or ``ray``, actors of a Ray cluster."""
+    address: str = ""
+    """Of the Ray cluster: ``HOST:PORT``, ``auto`` for what runs on this machine, ``local`` for one of this run's own;
+    empty: what ``RAY_ADDRESS`` says, else ``auto``."""
+    gpu_share: float = 0.0
+    """How much of a GPU each searcher of a Ray cluster has; 0: none."""
     shrink: bool = True
     short_cases: bool = False
     """Whether cases are small and of one to three replays on any device, as rates are measured with."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -47,12 +47,12 @@ class Record(Struct, forbid_unknown_fields=True):
     format: Literal["nsa-verify-campaign"] = "nsa-verify-campaign"
     version: Literal[1] = 1
     seed: int = 0
-    slices: int = 0
-    cases: int = 0
-    seconds: float = 0.0
+    slices: Annotated[int, msgspec.Meta(ge=0)] = 0
+    cases: Annotated[int, msgspec.Meta(ge=0)] = 0
+    seconds: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
     shares: Shares = msgspec.field(default_factory=Shares)
     sightings: dict[str, Sighting] = {}
-    pairs: dict[str, int] = {}
+    pairs: dict[str, Annotated[int, msgspec.Meta(ge=0)]] = {}
     """Cases by pair of labels; ``label`` alone for a pair of itself."""
 
     @property

@@ -9,8 +9,9 @@ from pathlib import Path
 from msgspec import Struct
 
 from nsa_verify.core.findings import Outcome, Verdict
+from nsa_verify.engine.cluster import crew_of
 from nsa_verify.engine.corpus import CorpusError, Entry, load
-from nsa_verify.engine.crew import Crew, Promise
+from nsa_verify.engine.crew import Promise
 from nsa_verify.engine.messages import Hello
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.searcher import judge_saved
@@ -44,7 +45,7 @@ def replay_saved(plan: Plan, paths: list[Path]) -> Iterator[Hello | Replayed]:
 
     Raises ``KeyboardInterrupt`` on Ctrl-C, and ``ImplementationError``, ``DeviceError`` and ``EngineError``.
     """
-    with Crew(plan.workers, plan.device) as crew:
+    with crew_of(plan) as crew:
         said = crew.hello(plan)
         yield said
         known = {subject.name for subject in said.subjects}

@@ -16,7 +16,8 @@ from typing import Final
 from nsa_verify.core.case import Case
 from nsa_verify.core.findings import Code, Signature
 from nsa_verify.core.labels import Coverage
-from nsa_verify.engine.crew import Crew, Promise
+from nsa_verify.engine.cluster import crew_of
+from nsa_verify.engine.crew import BaseCrew, Promise
 from nsa_verify.engine.events import (
     CheckFailed,
     Disagreement,
@@ -100,7 +101,7 @@ def search(
     """
     began = time.perf_counter()
     state = _State()
-    with Crew(plan.workers, plan.device) as crew:
+    with crew_of(plan) as crew:
         said = crew.hello(plan)
         yield RunStarted(
             seed=plan.seed,
@@ -133,14 +134,14 @@ def search(
         stop=state.stop,
         signatures=tuple(sorted(state.recovered | set(state.first))),
         digest=state.digest(),
-        replaced=state.replaced,
+        replaced=state.replaced + crew.replaced,
         spent=dict(state.spent),
         coverage=state.coverage,
     )
 
 
 def _recovered(
-    plan: Plan, crew: Crew, state: _State, left: Left, keep: Keep, note: Callable[[Disagreement], None]
+    plan: Plan, crew: BaseCrew, state: _State, left: Left, keep: Keep, note: Callable[[Disagreement], None]
 ) -> Iterator[Event]:
     """Judge the cases that were in flight when earlier runs were killed, those of implementations that are here."""
     loaded = {it.name for it in crew.said.subjects}
@@ -164,7 +165,7 @@ def _recovered(
         it.forget()
 
 
-def _rounds(plan: Plan, crew: Crew, state: _State, note: Callable[[Disagreement], None]) -> Iterator[Event]:
+def _rounds(plan: Plan, crew: BaseCrew, state: _State, note: Callable[[Disagreement], None]) -> Iterator[Event]:
     deadline = time.time() + plan.max_time_s if plan.max_time_s else 0.0
     legs: Iterator[range] = plan.legs()
     running: set[Promise[list[RoundResult]]] = set()
@@ -222,7 +223,7 @@ def _round(plan: Plan, state: _State, result: RoundResult, note: Callable[[Disag
             state.first[seen.signature] = (result.index, seen)
 
 
-def _shrinks(plan: Plan, crew: Crew, state: _State, keep: Keep) -> Iterator[Event]:
+def _shrinks(plan: Plan, crew: BaseCrew, state: _State, keep: Keep) -> Iterator[Event]:
     """Shrink each signature, several at a time, until Ctrl-C.
 
     What one executor's case was shrunk to is tried first for the other executors that gave the same code.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from random import Random
-from typing import Final, TypeVar
+from typing import Annotated, Final, TypeVar
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from nsa_verify.core.case import Mode
 
@@ -21,8 +21,8 @@ FADING: Final = 0.8
 class Share(Struct):
     """What one mode, implementation or executor was given so far, and what came of it."""
 
-    cases: int = 0
-    news: float = 0.0
+    cases: Annotated[int, Meta(ge=0)] = 0
+    news: Annotated[float, Meta(ge=0.0)] = 0.0
     """New groups and new pairs of labels, the older the less."""
 
 
@@ -49,22 +49,33 @@ class Choice(Struct, frozen=True):
 
 
 def choose(
-    shares: Shares, number: int, seed: int, modes: Sequence[Mode], names: Sequence[str], executors: Sequence[str]
+    shares: Shares,
+    number: int,
+    seed: int,
+    modes: Sequence[Mode],
+    names: Sequence[str],
+    executors: Sequence[str],
+    has: Mapping[str, Collection[Mode]],
 ) -> Choice:
     """What slice ``number`` is over, of ``modes``, implementations ``names`` and ``executors``, which are not empty.
 
     The first slice and every third has everything. The others have half of the modes and of the implementations, those
-    with few cases and with news preferred, and one slice in four a single executor. A function of its arguments.
+    with few cases and with news preferred, and one slice in four a single executor. A mode that none of the
+    implementations ``has`` is left out. A function of its arguments.
     """
     chance = Random(f"{seed}/share/{number}")  # a string is hashed alike in every process and version
     if number % ALL_EVERY == 0 or not names:
-        return Choice(tuple(modes), (), tuple(executors))
+        return Choice(_had(modes, names, has), (), tuple(executors))
     few = _some(chance, shares.executors, executors, 1) if chance.random() < 0.25 else tuple(executors)
-    return Choice(
-        modes=_some(chance, shares.modes, modes, -(-len(modes) // 2)),
-        implementations=_some(chance, shares.implementations, names, -(-len(names) // 2)),
-        executors=few,
-    )
+    implementations = _some(chance, shares.implementations, names, -(-len(names) // 2))
+    able = _had(modes, implementations, has)
+    return Choice(_some(chance, shares.modes, able, min(len(able), -(-len(modes) // 2))), implementations, few)
+
+
+def _had(modes: Sequence[Mode], names: Sequence[str], has: Mapping[str, Collection[Mode]]) -> tuple[Mode, ...]:
+    """Those of ``modes`` that one of ``names`` has; all, if that is not known or none is."""
+    able = tuple(mode for mode in modes if any(mode in has.get(name, modes) for name in names))
+    return able or tuple(modes)
 
 
 def _some(chance: Random, shares: dict[str, Share], names: Sequence[Name], count: int) -> tuple[Name, ...]:

@@ -51,6 +51,11 @@ class Saved(NamedTuple):
     finding: SavedFinding
 
 
+def measure(entry: Entry) -> tuple[int, tuple[int, ...]]:
+    """How large an entry is: of one group the smallest stands for it."""
+    return len(entry.before), size_of(entry.case)
+
+
 def groups(root: Path) -> tuple[dict[Bug, list[Saved]], list[str]]:
     """The crashing cases under ``root`` by group, in each the smallest case first; and what is wrong with other files.
 
@@ -68,7 +73,7 @@ def groups(root: Path) -> tuple[dict[Bug, list[Saved]], list[str]]:
         if entry.finding is not None:
             found.setdefault(Bug.of(entry.finding), []).append(Saved(path, entry, entry.finding))
     for saved in found.values():
-        saved.sort(key=lambda it: (len(it.entry.before), size_of(it.entry.case), it.path))
+        saved.sort(key=lambda it: (measure(it.entry), it.path))
     return dict(sorted(found.items())), problems
 
 

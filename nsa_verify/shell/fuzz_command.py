@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Final
 
 import click
+from click.core import ParameterSource
 
 from nsa_verify import __version__
 from nsa_verify.core.registry import ImplementationError
+from nsa_verify.engine import cluster
 from nsa_verify.engine.campaign import BATCH, CHANGE, Ask, campaign
 from nsa_verify.engine.corpus import CorpusError, check_writable
 from nsa_verify.engine.events import CampaignFinished, Disagreement, Event
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.process import EngineError
 from nsa_verify.engine.triage import Baseline
-from nsa_verify.shell import gpus
 from nsa_verify.shell import options as opt
 from nsa_verify.shell.corpus_commands import prune_corpus
 from nsa_verify.shell.corpus_judging import minimize
+from nsa_verify.shell.engines import placed
 from nsa_verify.shell.environment import environment
 from nsa_verify.shell.fuzz_reporter import FuzzReporter
 from nsa_verify.shell.options import ExitCode, Unable, command_line
@@ -48,14 +50,23 @@ PRUNE: Final = "prune"
 @click.option(
     "--seed", type=click.IntRange(0), help="Of a new campaign; one that goes on keeps its own. [default: random]"
 )
+@click.option(
+    "--database",
+    default="",
+    envvar="NSA_VERIFY_DATABASE",
+    metavar="URL|DIR",
+    help="Share minimal cases with campaigns on other machines: redis://host:port/number (needs nsa-verify[redis]), or"
+    " a folder that all of them have.",
+)
 @opt.together(opt.IMPL, opt.ONLY, opt.EXECUTOR, opt.DEVICE, opt.WORKERS, opt.NO_ISOLATION, opt.DEADLINE, opt.MAX_MEMORY)
-@opt.together(opt.CORPUS, opt.REPORT, opt.NO_COLOR)
+@opt.together(opt.ENGINE, opt.RAY_ADDRESS, opt.CORPUS, opt.REPORT, opt.NO_COLOR)
 def fuzz(
     max_time: str | None,
     kind: str,
     baseline: str | None,
     slice_time: str,
     seed: int | None,
+    database: str,
     references: tuple[str, ...],
     only: tuple[str, ...],
     executors: tuple[str, ...],
@@ -64,6 +75,8 @@ def fuzz(
     no_isolation: bool,
     deadline: str,
     max_memory: str,
+    engine: str,
+    ray_address: str,
     corpus: str,
     reports: tuple[str, ...],
     no_color: bool,
@@ -75,8 +88,6 @@ def fuzz(
     that no baseline accepts.
     """
     if kind == PRUNE:
-        if max_time or baseline or reports or seed is not None or opt.seconds("--slice", slice_time):
-            raise Unable("--mode prune draws nothing: leave out --max-time, --slice, --seed, --baseline and --report")
         raise SystemExit(_prune(click.get_current_context()))
     budget = opt.seconds("--max-time", max_time or BUDGETS[kind])
     if not budget:
@@ -90,9 +101,8 @@ def fuzz(
         isolate=not no_isolation,
         deadline_s=opt.seconds("--deadline", deadline),
         memory_bytes=opt.size("--max-memory", max_memory),
-        workers=opt.worker_count(workers, device, no_isolation, 1000),
-        gpus=gpus.placement(gpus.gpus_for(device)),
     )
+    plan = placed(plan, engine, ray_address, workers)
     slice_s, accepted = opt.seconds("--slice", slice_time), _baseline(baseline)
     opened = open_reports(reports, plan, command_line())
     reporter = opened.beside(GuardedReporter(FuzzReporter(console(no_color), plan)))
@@ -109,6 +119,7 @@ def fuzz(
             environment=environment(),
             baseline=accepted,
             slice_s=slice_s,
+            database=database,
         )
         code, problem = _listen(ask, reporter)
     except (CorpusError, EngineError, ImplementationError, Unable) as error:
@@ -123,6 +134,16 @@ def fuzz(
 def _prune(context: click.Context) -> int:
     """Minimise, and drop what others cover; the graver exit code of both."""
     given = context.params
+    if context.get_parameter_source("database") is ParameterSource.COMMANDLINE:
+        raise Unable("--mode prune finds nothing to share: leave out --database")
+    if (
+        any(given[it] for it in ("max_time", "baseline", "reports"))
+        or given["seed"] is not None
+        or opt.seconds("--slice", given["slice_time"])
+    ):
+        raise Unable("--mode prune draws nothing: leave out --max-time, --slice, --seed, --baseline and --report")
+    if given["engine"] == cluster.RAY or given["ray_address"]:
+        raise Unable("--mode prune works on this machine alone: leave out --engine and --ray-address")
     names = [it.name for it in minimize.params]
     shared = {name: value for name, value in given.items() if name in names}
     where = {name: given[name] for name in ("corpus", "no_color")}
@@ -176,3 +197,5 @@ def _events(ask: Ask) -> Iterator[Event]:
         yield from campaign(ask)
     except DeviceError as error:
         raise Unable(str(error)) from error
+    finally:
+        cluster.disconnect()

@@ -18,6 +18,7 @@ from nsa_verify.engine.events import (
     Disagreement,
     DisagreementSeen,
     Event,
+    Exchanged,
     Group,
     Recovered,
     RoundFinished,
@@ -72,7 +73,7 @@ class FuzzReporter:
                     self._pass_on(event)
             case Disagreement():
                 self._found(event)
-            case Shrinking() | CheckFailed() | Recovered():
+            case Shrinking() | CheckFailed() | Recovered() | Exchanged():
                 self._pass_on(event)
             case SliceFinished():
                 self._end_slice(event)

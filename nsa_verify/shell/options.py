@@ -14,6 +14,7 @@ import click
 
 from nsa_verify.core.case import Mode
 from nsa_verify.core.sanitizers import Sanitizer
+from nsa_verify.engine.exchange import shown
 from nsa_verify.shell import gpus
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,8 +37,8 @@ class Unable(click.ClickException):
 
 
 def command_line() -> str:
-    """The command as it was given."""
-    return shlex.join(["nsa-verify", *sys.argv[1:]])
+    """The command as it was given, but for what is secret in a URL."""
+    return shlex.join(["nsa-verify", *map(shown, sys.argv[1:])])
 
 
 class Group(click.Group):
@@ -127,6 +128,19 @@ WORKERS = click.option(
     metavar="N|auto",
     help="Worker processes; auto is one per core on the CPU, and on CUDA as many as cores and free memory of the GPUs "
     "allow. [default: auto]",
+)
+ENGINE = click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="Where workers are: on this machine, or on the nodes of a Ray cluster (nsa-verify[ray]). [default: local]",
+)
+RAY_ADDRESS = click.option(
+    "--ray-address",
+    default="",
+    metavar="HOST:PORT",
+    help="The Ray cluster; auto is the one that runs on this machine, local one for this run alone."
+    " [default: RAY_ADDRESS, else auto]",
 )
 SANITIZER = click.option(
     "--sanitizer",

@@ -20,6 +20,7 @@ from nsa_verify.engine.events import (
     Disagreement,
     DisagreementSeen,
     Event,
+    Exchanged,
     Recovered,
     RoundFinished,
     RunFinished,
@@ -146,6 +147,8 @@ class TerminalReporter:
                 self._begin_progress()
             case Recovered():
                 self._recovered(event)
+            case Exchanged():
+                self._exchanged(event)
             case RoundFinished():
                 self._advance(event)
             case DisagreementSeen():
@@ -188,6 +191,19 @@ class TerminalReporter:
             )
         for problem in event.problems:
             self._line(problem, "yellow")
+
+    def _exchanged(self, event: Exchanged) -> None:
+        done = {"taken": len(event.taken), "sent": event.sent, "removed": event.removed}
+        if any(done.values()):
+            told = ", ".join(f"{counted(count, 'case')} {what}" for what, count in done.items() if count)
+            self._line(f"database {event.database}: {told}")
+        if event.unreadable:
+            values = counted(event.unreadable, "value")
+            self._line(f"{values} of the database cannot be read and stay there: {event.example}", "yellow")
+        if event.problem:
+            waiting = f"; {counted(event.waiting, 'case')} still to be sent" if event.waiting else ""
+            times = f" ({counted(event.failures, 'failure')} so far)" if event.failures > 1 else ""
+            self._line(f"database {event.problem}{times}{waiting}", "yellow")
 
     def _begin_progress(self) -> None:
         if self._out.is_terminal and self._started is not None:

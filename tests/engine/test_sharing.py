@@ -10,19 +10,31 @@ from nsa_verify.engine.sharing import ALL_EVERY, Choice, Shares, choose
 MODES, NAMES, EXECUTORS = tuple(Mode), ("a", "b", "c", "d", "e"), ("eager", "graph")
 
 
+HAS = dict.fromkeys(NAMES, MODES)
+
+
 def chosen(shares: Shares, slices: int, seed: int = 0) -> list[Choice]:
     """What the slices are over that do not have everything."""
     numbers = (number for number in range(slices) if number % ALL_EVERY)
-    return [choose(shares, number, seed, MODES, NAMES, EXECUTORS) for number in numbers]
+    return [choose(shares, number, seed, MODES, NAMES, EXECUTORS, HAS) for number in numbers]
 
 
 def test_the_first_slice_and_every_third_have_everything() -> None:
     for number in (0, ALL_EVERY, 7 * ALL_EVERY):
-        assert choose(Shares(), number, 1, MODES, NAMES, EXECUTORS) == Choice(MODES, (), EXECUTORS)
+        assert choose(Shares(), number, 1, MODES, NAMES, EXECUTORS, HAS) == Choice(MODES, (), EXECUTORS)
 
 
 def test_before_anything_ran_there_are_no_names_to_choose_from() -> None:
-    assert choose(Shares(), 1, 1, MODES, (), EXECUTORS) == Choice(MODES, (), EXECUTORS)
+    assert choose(Shares(), 1, 1, MODES, (), EXECUTORS, {}) == Choice(MODES, (), EXECUTORS)
+
+
+def test_modes_that_nobody_has_get_no_time() -> None:
+    has = {"a": (Mode.DECODE,), "b": (Mode.DECODE, Mode.TARGET_VERIFY)}
+    choices = [choose(Shares(), number, 1, MODES, ("a", "b"), EXECUTORS, has) for number in range(60)]
+    assert {choice.modes for choice in choices if not choice.implementations} == {(Mode.DECODE, Mode.TARGET_VERIFY)}
+    assert {choice.modes for choice in choices if choice.implementations == ("a",)} == {(Mode.DECODE,)}
+    alone = choose(Shares(), 1, 1, (Mode.TARGET_VERIFY,), ("a",), EXECUTORS, has)
+    assert alone.modes == (Mode.TARGET_VERIFY,)  # what was asked for is told to be not applicable
 
 
 def test_the_others_have_half_of_it_in_order() -> None:

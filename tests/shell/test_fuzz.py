@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,12 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import NO_GPU
 from filelock import FileLock
+from msgspec.structs import replace
 from shell.commands import refused, saved, written
 from shell.test_processes import PROGRAM
 
 from nsa_verify.core.case import Mode
-from nsa_verify.engine.corpus import load, scan
+from nsa_verify.engine.corpus import Kind, load, save, scan
 from nsa_verify.engine.record import FILE, FOLDER
 
 TWO_BUGS = """
@@ -48,7 +49,12 @@ class Result(NamedTuple):
         return f"exit code {self.exit_code}\n{self.stdout}{self.stderr}"
 
 
-QUICK = ("--max-time", "8s", "--slice", "4s", "--seed", "3", "--executor", "eager", "-w", "1", "--no-isolation")
+# On CUDA the first seconds of a campaign go into its context.
+SLICE_S = 4 if NO_GPU else 12
+HERE = ("--seed", "3", "--executor", "eager", "-w", "1", "--no-isolation")
+QUICK = (*HERE, "--max-time", f"{2 * SLICE_S}s", "--slice", f"{SLICE_S}s")
+UNTIL_FOUND = (*HERE, "--mode", "change", "--max-time", "2m", "--slice", "1m")
+SHORT = (*HERE, "--max-time", f"{SLICE_S}s")
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +87,7 @@ def record() -> dict[str, object]:
     return found
 
 
-def test_two_bugs_are_two_groups_and_the_next_campaign_goes_on() -> None:
+def test_two_bugs_are_two_groups_and_the_next_campaigns_go_on() -> None:
     first = fuzz(*twice(1, 1), *QUICK)
     assert first.exit_code == 1, first.output
     assert crashing() == ["nv101-twice", "nv104-twice"]
@@ -90,21 +96,17 @@ def test_two_bugs_are_two_groups_and_the_next_campaign_goes_on() -> None:
     assert "target-verify page_table_1 inside (new)" in first.stdout
     slices = record()["slices"]
     assert isinstance(slices, int)
-    assert slices >= 2
+    assert slices
 
     second = fuzz(*twice(1, 1), *QUICK)
     assert second.exit_code == 1
-    assert f"goes on after {slices} searches" in second.stdout
+    assert f"goes on after {slices} search" in second.stdout
     assert "saved cases replayed: 2 FAILED" in second.stdout
     assert "2 findings open, 0 of them new" in second.stdout
     assert "shrinking" not in second.stdout
     assert crashing() == ["nv101-twice", "nv104-twice"]
     assert record()["slices"] > slices  # type: ignore[operator]
 
-
-def test_what_is_mended_is_quiet_and_promoted() -> None:
-    found = fuzz(*twice(1, 1), *QUICK)
-    assert found.exit_code == 1, found.output
     mended = fuzz(*twice(0, 0), *QUICK)
     assert mended.exit_code == 0, mended.output
     assert "it agrees now: nsa-verify corpus promote" in mended.stdout
@@ -112,26 +114,42 @@ def test_what_is_mended_is_quiet_and_promoted() -> None:
     promoted = nsa_verify("corpus", "promote", "--impl", "twice.py", "--no-isolation")
     assert promoted.exit_code == 0, promoted.output
     assert crashing() == []
-    again = fuzz(*twice(0, 0), *QUICK)
-    assert again.exit_code == 0, again.output
-    assert re.search(r"saved cases replayed: [12] FIXED\n", again.stdout)
-    broken = fuzz(*twice(1, 0), *QUICK)
+    broken = fuzz(*twice(1, 0), *UNTIL_FOUND)
     assert broken.exit_code == 1
+    assert broken.stdout.count("FAILED corpus/regression/") == 1
     assert "disagrees again" in broken.stdout
 
 
 def test_what_was_promoted_and_comes_back_is_new() -> None:
-    assert fuzz(*twice(1, 0), *QUICK).exit_code == 1
+    assert fuzz(*twice(1, 0), *UNTIL_FOUND).exit_code == 1
     twice(0, 0)
     assert nsa_verify("corpus", "promote", "--impl", "twice.py", "--no-isolation").exit_code == 0
-    back = fuzz(*twice(1, 0), *QUICK, "--slice", "30s", "--max-time", "4s")
+    back = fuzz(*twice(1, 0), *SHORT)
     assert back.exit_code == 1
     assert "1 finding open, 1 of them new" in back.stdout
 
 
+def test_a_case_that_is_as_it_was_drawn_is_shrunk_by_the_next_campaign() -> None:
+    assert fuzz(*twice(1, 0), *UNTIL_FOUND).exit_code == 1
+    (path,) = scan(Path("corpus/crashing"))
+    entry = load(path)
+    assert entry.provenance.attempts == 5
+    replays = entry.case.replays * 3
+    drawn = replace(
+        entry, case=replace(entry.case, replays=replays), provenance=replace(entry.provenance, attempts=None)
+    )
+    path.unlink()
+    larger = save(Path("corpus"), Kind.CRASHING, drawn, "nv104-twice")
+    again = fuzz(*twice(1, 0), *SHORT)
+    assert "1 finding open, 0 of them new" in again.stdout
+    assert not larger.exists()
+    (smaller,) = scan(Path("corpus/crashing"))
+    assert (smaller, load(smaller).provenance.attempts) == (path, 5)
+
+
 def test_change_ends_at_the_first_new_finding() -> None:
     began = time.monotonic()
-    found = fuzz(*twice(1, 1), *QUICK, "--mode", "change", "--max-time", "5m", "--slice", "2m")
+    found = fuzz(*twice(1, 1), *UNTIL_FOUND)
     assert found.exit_code == 1, found.output
     assert "something new was found" in found.stdout
     assert time.monotonic() - began < 60
@@ -157,7 +175,7 @@ def test_a_baseline_accepts_until_it_expires(expires: str, code: int) -> None:
         f'[[accepted]]\nimplementation = "nobody"\nreason = "gone"\nexpires = 2999-01-01\n',
         encoding="utf-8",
     )
-    told = fuzz(*twice(1, 0), *QUICK, "--baseline", "known.toml")
+    told = fuzz(*twice(1, 0), *(SHORT if code == 0 else UNTIL_FOUND), "--baseline", "known.toml")
     assert told.exit_code == code, told.output
     assert "baseline: matches nothing: nobody (gone)" in told.stdout
     assert ("accepted: rewritten soon" in told.stdout) is (code == 0)
@@ -187,13 +205,13 @@ def test_what_is_accepted_in_one_mode_is_not_in_another() -> None:
         '[[accepted]]\nimplementation = "once"\nmode = "decode"\nreason = "known"\nexpires = 2999-01-01\n',
         encoding="utf-8",
     )
-    told = fuzz(*once("inputs.mode in (Mode.DECODE, Mode.TARGET_VERIFY)"), *QUICK, "--baseline", "known.toml")
+    told = fuzz(*once("inputs.mode in (Mode.DECODE, Mode.TARGET_VERIFY)"), *SHORT, "--baseline", "known.toml")
     assert told.exit_code == 1, told.output
-    assert fuzz(*once("inputs.mode is Mode.DECODE"), *QUICK, "--baseline", "known.toml").exit_code == 0
+    assert fuzz(*once("inputs.mode is Mode.DECODE"), *SHORT, "--baseline", "known.toml").exit_code == 0
 
 
 def test_what_is_mended_by_half_is_found_again() -> None:
-    assert fuzz(*once("inputs.mode is Mode.DECODE"), *QUICK).exit_code == 1
+    assert fuzz(*once("inputs.mode is Mode.DECODE"), *UNTIL_FOUND).exit_code == 1
     again = fuzz(*once("inputs.mode is Mode.DECODE and inputs.batch_size > 1"), *QUICK)
     assert again.exit_code == 1, again.output
     assert "1 finding open" in again.stdout
@@ -206,15 +224,16 @@ def test_a_regression_that_nobody_here_can_run_waits() -> None:
     Path("corpus/regression/target-verify").mkdir(parents=True)
     path.rename(Path("corpus/regression/target-verify", path.name))
     mine = written(Path(), name="good", too_low=0)
-    told = fuzz("--impl", str(mine), "--only", "good", *QUICK)
+    told = fuzz("--impl", str(mine), "--only", "good", *SHORT)
     assert told.exit_code == 0, told.output
+    assert "no finding" in told.stdout
 
 
 def test_a_regression_that_is_not_loaded_waits() -> None:
     path = saved(Path(), implementation="elsewhere")
     Path("corpus/regression/decode").mkdir(parents=True)
     path.rename(Path("corpus/regression/decode", path.name))
-    told = fuzz("--only", "vectorized", *QUICK)
+    told = fuzz("--only", "vectorized", *SHORT)
     assert told.exit_code == 0, told.output
     assert "ERROR" not in told.stdout
 
@@ -236,14 +255,23 @@ def test_bad_options_are_one_sentence(arguments: tuple[str, ...], words: str) ->
     assert words in refused(fuzz("--max-time", "5s", "-w", "1", *arguments))
 
 
-def test_a_damaged_record_is_named_and_kept() -> None:
+DAMAGED = (
+    '{"format": "something else"}',
+    '{"slices": 1, "shares": {"modes": {"decode": {"cases": -1}}}}',
+    '{"pairs": {"mode:decode": -5}}',
+    '{"slices": 3',
+)
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_record_is_named_and_kept(content: str) -> None:
     path = Path("corpus", FOLDER, FILE)
     path.parent.mkdir(parents=True)
-    path.write_text('{"format": "something else"}', encoding="utf-8")
+    path.write_text(content, encoding="utf-8")
     said = refused(fuzz("--only", "vectorized", *QUICK))
     assert str(path) in said
     assert "remove it" in said
-    assert path.read_text(encoding="utf-8") == '{"format": "something else"}'
+    assert path.read_text(encoding="utf-8") == content
 
 
 def test_one_campaign_at_a_time() -> None:
@@ -308,10 +336,3 @@ def test_options_that_a_terminal_shows(tmp_path: Path) -> None:
     ).stdout
     for option in ("--max-time", "--mode", "--baseline", "--slice", "--impl", "--corpus"):
         assert option in told
-
-
-def test_a_correct_implementation_of_ones_own_gives_no_finding() -> None:
-    mine = written(Path(), name="good", too_low=0)
-    told = fuzz("--impl", str(mine), "--only", "good", *QUICK)
-    assert told.exit_code == 0, told.output
-    assert "no finding" in told.stdout

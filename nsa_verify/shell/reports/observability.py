@@ -25,6 +25,7 @@ from nsa_verify.engine.events import (
     RoundFinished,
     RunFinished,
 )
+from nsa_verify.engine.exchange import shown
 from nsa_verify.shell.render import case_lines, counted, finding_lines, how_it_was_got, title
 from nsa_verify.shell.reports.plain import plain
 
@@ -95,7 +96,7 @@ def _test_case(it: Observed, round_number: int, timing: dict[str, float]) -> dic
             "notes": [],
             "predicates": {},
             "backend": {},
-            "sys.argv": sys.argv,
+            "sys.argv": [shown(it) for it in sys.argv],
             "os.getpid()": os.getpid(),
             "imported_at": _IMPORTED_AT,
             "data_status": data_status,
