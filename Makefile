@@ -18,7 +18,7 @@ verify:
 # -P: the folder kernels/ must not become importable as the top-level package of that name.
 test:
 	@$(PYTHON) tools/bootstrap.py
-	$(BIN)/python -P -m pytest -n auto $(ARGS)
+	$(BIN)/python -P -m pytest -n auto --dist worksteal $(ARGS)
 
 lint:
 	@$(PYTHON) tools/bootstrap.py --extra dev

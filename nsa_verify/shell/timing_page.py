@@ -6,10 +6,10 @@ import os.path
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 
 from nsa_verify.shell.options import Unable
+from nsa_verify.shell.pages import need, rendered
 from nsa_verify.shell.timing_charts import charts
 from nsa_verify.shell.timings import Timings
 
@@ -33,11 +33,7 @@ GPU_TERMS = (
 
 def check(path: Path) -> None:
     """Raises ``Unable`` where the page could not be made, since a library is missing, or not be written to ``path``."""
-    try:
-        for name in ("jinja2", "matplotlib"):
-            import_module(name)
-    except ImportError as error:
-        raise Unable(f"--html needs {error.name or error}, which is missing: pip install nsa-verify[report]") from error
+    need("--html", "jinja2", "matplotlib")
     new = not os.path.lexists(path)
     try:
         path.open("a", encoding="utf-8").close()
@@ -61,26 +57,19 @@ def _unwritable(path: Path, error: OSError) -> Unable:
 
 def page(told: Timings, device: str, facts: Sequence[str], tables: Sequence[Table]) -> str:
     """The HTML of what was measured on ``device``; ``facts`` and ``tables`` are those of the text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     on_gpu = device == "cuda"
-    environment = Environment(
-        loader=PackageLoader("nsa_verify.shell"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    machine = (
+        ("Device", told.device),
+        ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
+        ("Date", f"{datetime.now(UTC):%Y-%m-%d}"),
     )
-    return environment.get_template("bench.html.j2").render(
-        told=told,
-        on_gpu=on_gpu,
-        facts=facts[1:],
-        machine=(
-            ("Device", told.device),
-            ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
-            ("Date", f"{datetime.now(UTC):%Y-%m-%d}"),
-        ),
-        terms=(*HOST_TERMS, *(GPU_TERMS if on_gpu else ())),
-        charts=charts(told.timings, on_gpu),
-        tables=tables,
-    )
+    context = {
+        "told": told,
+        "on_gpu": on_gpu,
+        "facts": facts[1:],
+        "machine": machine,
+        "terms": (*HOST_TERMS, *(GPU_TERMS if on_gpu else ())),
+        "charts": charts(told.timings, on_gpu),
+        "tables": tables,
+    }
+    return rendered("bench.html.j2", context)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from engine import deadly
 from msgspec.structs import replace
-from shell.commands import registry_of_its_own, written
+from shell.commands import plan_of, registry_of_its_own
 
 from nsa_verify.core.findings import Signature
 from nsa_verify.engine import shrinking
@@ -25,9 +25,7 @@ def _registry() -> Iterator[None]:
 
 @pytest.fixture(name="plan", scope="module")
 def _plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    mine = written(tmp_path_factory.mktemp("plan"))
-    only = ("short-top-k", "vectorized")
-    return Plan(seed=7, max_examples=30, references=(str(mine),), only=only, executors=("eager",))
+    return plan_of(tmp_path_factory.mktemp("plan"), 30)
 
 
 def _events(plan: Plan) -> list[Event]:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 from msgspec.structs import replace
-from shell.commands import registry_of_its_own, written
+from shell.commands import plan_of, registry_of_its_own
 
 from nsa_verify import Case, Mode, Outcome, Replay, Request, Setup
 from nsa_verify.core.findings import Code, Finding, Signature
@@ -44,9 +44,7 @@ def _registry() -> Iterator[None]:
 
 @pytest.fixture(name="plan", scope="module")
 def _plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    mine = written(tmp_path_factory.mktemp("plan"))
-    only = ("short-top-k", "vectorized")
-    return Plan(seed=7, max_examples=50, references=(str(mine),), only=only, executors=("eager",))
+    return plan_of(tmp_path_factory.mktemp("plan"), 50)
 
 
 Told = tuple[list[Event], list[Disagreement]]

@@ -40,9 +40,9 @@ EXECUTORS = (EAGER, GRAPH)
 ASKED = os.environ.get("NSA_VERIFY_TEST_SEEDS")
 SEEDS = range(int(ASKED or "1"))
 SLOW = ("triton_fused", "triton_inplace", "precomputed_batched_copy", "onepass")
-"""Without a GPU, mutants of Triton kernels take half a minute each: some of those must do, and a sixth of others."""
+"""Without a GPU, mutants of Triton kernels take half a minute each: some of those must do, and a tenth of others."""
 SMOKE = ("only-step-0",)
-QUICK = [it.name for it in CATALOGUE.values() if it.module not in SLOW and Code.HANG not in it.codes][::6]
+QUICK = [it.name for it in CATALOGUE.values() if it.module not in SLOW and Code.HANG not in it.codes][::10]
 ALL = [
     pytest.param(it, id=it.name, marks=[pytest.mark.gpu] if it.needs_gpu else [])
     for it in CATALOGUE.values()

@@ -15,6 +15,7 @@ from nsa_verify.core import implementation as declaring
 from nsa_verify.core.registry import load_builtin
 from nsa_verify.engine import searcher, worker
 from nsa_verify.engine.corpus import Entry, Kind, Provenance, SavedFinding, save
+from nsa_verify.engine.plan import Plan
 from nsa_verify.shell.cli import cli
 
 DECODE = """
@@ -44,6 +45,18 @@ def written(folder: Path, name: str = "short-top-k", too_low: int = 1, file: str
     path = folder / file
     path.write_text(DECODE.format(name=name, too_low=too_low), encoding="utf-8")
     return path
+
+
+def plan_of(folder: Path, cases: int) -> Plan:
+    """A plan over ``short-top-k``, written into ``folder``, and a right implementation."""
+    references = (str(written(folder)),)
+    return Plan(
+        seed=7,
+        max_examples=cases,
+        references=references,
+        only=("short-top-k", "vectorized"),
+        executors=("eager",),
+    )
 
 
 def saved(folder: Path, seq_len: int = 8, implementation: str = "short-top-k", mode: Mode = Mode.DECODE) -> Path:

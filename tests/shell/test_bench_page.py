@@ -126,7 +126,7 @@ def test_a_missing_library_is_said_before_anything_is_measured(
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     done = invoke(*SMALL, *TWO, "--html", "page.html")
-    assert refused(done) == f"--html needs {library}, which is missing: pip install nsa-verify[report]"
+    assert refused(done) == f"--html: needs {library}, which is missing; pip install 'nsa-verify[report]'"
     assert (done.stdout, list(folder.iterdir())) == ("", [])
     assert invoke(*SMALL, *TWO).exit_code == 0
 

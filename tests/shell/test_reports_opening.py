@@ -59,7 +59,7 @@ def test_jinja_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(opening, "import_module", missing)
     done = invoke("run", "--only", "vectorized", "-n", 2, "-w", 1, "--report", "html")
-    assert refused(done) == "--report html: needs jinja2, which is missing; pip install nsa-verify[report]"
+    assert refused(done) == "--report html: needs jinja2, which is missing; pip install 'nsa-verify[report]'"
     assert list(folder.iterdir()) == []
 
 

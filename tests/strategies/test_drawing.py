@@ -95,11 +95,14 @@ def test_large_limits_draw_larger_cases() -> None:
 
 def test_large_cases_are_cheap_next_to_small_ones() -> None:
     def cost_s(limits: Limits) -> float:
-        begun = time.process_time()
-        for case in draw_many(cases(limits=limits), 150):
-            for index in range(len(case.replays)):
-                expect(case, index)
-        return time.process_time() - begun
+        times = []
+        for _ in range(3):  # the least is what other work on the machine disturbed least
+            begun = time.process_time()
+            for case in draw_many(cases(limits=limits), 60):
+                for index in range(len(case.replays)):
+                    expect(case, index)
+            times.append(time.process_time() - begun)
+        return min(times)
 
     assert cost_s(Limits.large()) < 4 * cost_s(Limits.small())
 

@@ -13,6 +13,7 @@ from nsa_verify.core.findings import EXPLANATIONS, Explanation
 from nsa_verify.engine.events import CampaignFinished, Cell
 from nsa_verify.shell.coverage import coverage_document, never_met
 from nsa_verify.shell.options import ExitCode
+from nsa_verify.shell.pages import rendered
 from nsa_verify.shell.render import case_lines, cell_text, counted, reason_lines, tally_lines
 from nsa_verify.shell.reports.drawing import Drawn, draw, draw_window
 from nsa_verify.shell.reports.plain import printable
@@ -47,17 +48,7 @@ class Part(Struct, kw_only=True):
 
 def text(story: Story) -> str:
     """The page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("nsa_verify.shell"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
-    return environment.get_template(TEMPLATE).render(_context(story))
+    return rendered(TEMPLATE, _context(story), lambda value: printable(value) if type(value) is str else value)
 
 
 def _context(story: Story) -> dict[str, Any]:

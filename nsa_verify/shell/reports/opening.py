@@ -15,6 +15,7 @@ from nsa_verify.engine.events import Event
 from nsa_verify.engine.plan import Plan
 from nsa_verify.shell.environment import environment as here
 from nsa_verify.shell.options import Unable
+from nsa_verify.shell.pages import need
 from nsa_verify.shell.reporter import Guarded, Reporter
 from nsa_verify.shell.reports.ndjson import Ndjson
 from nsa_verify.shell.reports.observability import Observability
@@ -164,12 +165,7 @@ def _asked(value: str) -> tuple[str, str, Path]:
         path = KINDS[kind].path or os.environ.get(GITHUB, "")
     if not path:
         raise Unable(f"--report {value}: {GITHUB} is not set here; name a file, as in --report {kind}=summary.md")
-    for module in KINDS[kind].needs:
-        try:
-            import_module(module)
-        except ImportError as error:
-            sentence = f"--report {value}: needs {module}, which is missing; pip install nsa-verify[report]"
-            raise Unable(sentence) from error
+    need(f"--report {value}", *KINDS[kind].needs)
     return value, kind, Path(path)
 
 
