@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from enum import Enum
@@ -103,6 +104,7 @@ class MetadataPath:
 def path_for(use_triton_metadata: bool | str | None = None) -> MetadataPath:
     """The path that ``use_triton_metadata`` asks for; None: that the environment asks for, as it is now.
 
+    Where the Triton path was asked for and cannot be had a warning is logged, once for each backend.
     Raises ``ValueError`` for anything but 1 and 0, as text or as a truth value.
     """
     asked = os.environ.get(SWITCH, "1") if use_triton_metadata is None else use_triton_metadata
@@ -113,7 +115,9 @@ def path_for(use_triton_metadata: bool | str | None = None) -> MetadataPath:
     try:
         import triton  # noqa: F401 - only whether it can be
     except ImportError as error:
-        return MetadataPath(False, f"Triton cannot be imported ({error}): the metadata takes the Python path")
+        missing = f"Triton cannot be imported ({error}): the metadata takes the Python path"
+        logging.getLogger(__name__).warning(missing)
+        return MetadataPath(False, missing)
     return MetadataPath(uses_triton=True)
 
 

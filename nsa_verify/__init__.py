@@ -13,6 +13,7 @@ from nsa_verify.core.implementation import (
     Refresh,
     ReplayInputs,
     fallback,
+    fallbacks,
     implementation,
 )
 
@@ -54,6 +55,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "fallback",
+    "fallbacks",
     "implementation",
     "oracle",
     "verify",

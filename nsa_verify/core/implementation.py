@@ -5,7 +5,7 @@ Nothing here imports torch; tensors appear in annotations only.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -190,6 +190,10 @@ def _graph_modes(name: str, capturable: bool | Collection[Mode], declared: froze
 
 _fallbacks: deque[str] = deque(maxlen=256)
 """Bounded, since nobody takes them where an implementation runs in service."""
+_counts: Counter[str] = Counter()
+_REASONS: Final = 256
+_OTHERS: Final = "other reasons"
+"""What reasons are counted as once there are ``_REASONS``: some name what is different every time."""
 
 
 def fallback(reason: str) -> None:
@@ -198,7 +202,18 @@ def fallback(reason: str) -> None:
     A reported fallback is counted and shown, and is no fault; an error that an implementation swallows without this is
     a finding (NV504).
     """
+    _counts[reason if reason in _counts or len(_counts) < _REASONS else _OTHERS] += 1
     _fallbacks.append(reason)
+
+
+def fallbacks() -> dict[str, int]:
+    """How often each reason was reported through ``fallback`` since this process began."""
+    return dict(_counts)
+
+
+def put_back_fallbacks(reasons: Iterable[str]) -> None:
+    """Have ``take_fallbacks`` give them again; they were counted when they were reported."""
+    _fallbacks.extend(reasons)
 
 
 def reported_fallbacks() -> int:

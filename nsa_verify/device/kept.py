@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from nsa_verify.core.implementation import Implementation, fallback, take_fallbacks
+from nsa_verify.core.implementation import Implementation, put_back_fallbacks, take_fallbacks
 from nsa_verify.device.driving import Capturing, KeptGraph, while_capturing
 from nsa_verify.device.rig import Rig
 from nsa_verify.device.state import state_of
@@ -150,8 +150,7 @@ def _captured(rig: Rig, executor: Capturing, implementation: Implementation, key
             entries[key] = _Entry(graph, implementation, alone, entangled)
     except BaseException:
         for entry in entries.values():
-            for reason in entry.graph.fallbacks:
-                fallback(reason)
+            put_back_fallbacks(entry.graph.fallbacks)
             entry.graph.close()
         raise
     if any(it.graph.uses_others for it in entries.values()):
