@@ -7,15 +7,16 @@ intermediate.
 Three kinds of programs share the launch, none waits for another, and each reads the inputs only. The first ones write
 the lengths and their prefix sums, the next ones the schedule where one is kept, the others the tables: each takes a
 block of requests and, in turn with its neighbours, tiles of their columns up to the live prefix. No row looks for its
-request: a request knows its rows, which begin behind those of the requests before it; that sum is one vector load and
-one reduction in ragged batches, and a product in the uniform modes.
+request: a request knows its rows, which begin behind those of the requests before it; that sum is a product in the
+uniform modes, and in ragged batches a vector load and a reduction for every 256 requests before it.
 
 All four modes are one formula: with the KV length ``k`` (the draft tokens included) and ``a`` rows of a request (1 in
 DECODE, N in the uniform modes), row ``j`` of these has ``max(0, k - a + j + 1)`` tokens. With ``F(x)``, the sum of
 ``min(t, K)`` over ``t = 1..x``, their lengths after the top-k minimum sum to ``F(k) - F(k - a)``.
 
-Addresses and sums are 64 bit. Nothing that varies with the batch is a ``constexpr``, and neither integers nor addresses
-are specialised on. Functions called within the kernel are few, since the interpreter pays a millisecond for each call.
+Addresses and sums are 64 bit. Nothing that varies with the batch is a ``constexpr``, and integers are not specialised on.
+Addresses are, since Triton has no way to leave that out for those in a tuple: a buffer that does not begin at a multiple
+of 16 bytes, as what torch allocates does, is another compilation. Functions called within the kernel are few, since the interpreter pays a millisecond for each call.
 """
 
 from __future__ import annotations
