@@ -126,3 +126,14 @@ def test_the_weekly_job_runs_every_sanitizer_and_ends_with_the_gravest(tmp_path:
     tools = ("memcheck", "initcheck", "racecheck", "synccheck")
     calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
     assert calls == ["fuzz --mode prune -w 1", *(f"replay --sanitizer {it} --impl mine.py" for it in tools)]
+
+
+def test_the_weekly_job_ends_when_it_is_interrupted(tmp_path: Path) -> None:
+    stub = tmp_path / "bin" / "nsa-verify"
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\necho "$*" >> calls\nexit 130\n', encoding="utf-8")
+    stub.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{stub.parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([SCRIPT, "weekly"], cwd=tmp_path, env=environment, timeout=30, check=False)
+    assert done.returncode == 130
+    assert (tmp_path / "calls").read_text(encoding="utf-8") == "fuzz --mode prune\n"

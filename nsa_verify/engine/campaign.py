@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -104,6 +105,8 @@ class Totals(Struct):
     """Crashing cases that agree now."""
     failed: set[Path] = set()
     """Crashing cases that fail as they did."""
+    tried: set[str] = set()
+    """Groups whose case could not be shrunk; not tried again by this campaign."""
     unknown: int = 0
     problems: list[str] = []
 
@@ -221,7 +224,7 @@ def _slices(
         choice = Choice(ask.plan.modes, (), executors)
         if executors:
             choice = choose(record.shares, number, record.seed, ask.plan.modes, loaded, executors, has)
-        plan = _plan(ask, record, choice, number, min(length, left))
+        plan = _plan(ask, record, totals, choice, number, min(length, left))
         ended: RunFinished | None = None
         yield SliceStarted(number, plan.max_time_s, choice.modes, choice.implementations or loaded, choice.executors)
         has_started = False
@@ -282,9 +285,11 @@ def _deferred(asked: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _plan(ask: Ask, record: Record, choice: Choice, number: int, seconds: float) -> Plan:
-    # A case that is as it was drawn, since its shrink was cut short, is to be seen again and shrunk.
+def _plan(ask: Ask, record: Record, totals: Totals, choice: Choice, number: int, seconds: float) -> Plan:
+    # A case that is as it was drawn, since its shrink was cut short, is to be shrunk when it is seen again.
     as_drawn = {str(bug) for bug, saved in groups(ask.root)[0].items() if not any(_is_shrunk(it.entry) for it in saved)}
+    again = {bug: it.signatures for bug, it in record.sightings.items() if bug in as_drawn - totals.tried}
+    known = {bug: it.signatures for bug, it in record.sightings.items() if bug not in again}
     return replace(
         ask.plan,
         seed=Random(f"{record.seed}/slice/{number}").getrandbits(32),
@@ -295,9 +300,8 @@ def _plan(ask: Ask, record: Record, choice: Choice, number: int, seconds: float)
         executors=choice.executors,
         coverage=True,
         detail=True,
-        known=tuple(
-            signature for bug, it in record.sightings.items() if bug not in as_drawn for signature in it.signatures
-        ),
+        known=tuple(chain.from_iterable(known.values())),
+        again=tuple(chain.from_iterable(again.values())),
         until_new=ask.kind == CHANGE,
     )
 
@@ -311,6 +315,12 @@ def _saver(ask: Ask, record: Record, totals: Totals) -> Callable[[Disagreement, 
         # What is accepted, or mended, stands for nothing but itself.
         others = [it for it in known if ask.baseline.accepts(it) is None]
         other = None if bug in known else record.same(bug, found.symptoms, others)
+        is_shrunk = bool(found.reliability.runs)
+        if not is_shrunk:
+            totals.tried.update(name for name, it in record.sightings.items() if found.signature in it.signatures)
+        if other is not None and is_shrunk and not any(_is_shrunk(it.entry) for it in known[other]):
+            record.rename(other, bug)  # the minimal case says what the group is called
+            known[bug], other = known.pop(other), None
         if other is not None:
             record.see(other, found.signature, _now())
             totals.executors.setdefault(other, set()).add(found.finding.executor)
@@ -334,10 +344,9 @@ def _open(saved: list[Saved], totals: Totals) -> list[Saved]:
 
 
 def _replaced(found: Disagreement, root: Path, entry: Entry, older: Saved) -> Disagreement:
-    """``found`` in the place of the group's case, if it is smaller than that, or as small and that was never shrunk."""
+    """``found`` in the place of the group's case, if it is smaller than that, or shrunk and that is not."""
     path = older.path
-    size, least = measure(entry), measure(older.entry)
-    if size < least or (size == least and _is_shrunk(entry) and not _is_shrunk(older.entry)):
+    if measure(entry) < measure(older.entry) or (_is_shrunk(entry) and not _is_shrunk(older.entry)):
         try:
             path = put_instead(root, older.path, older.entry, Kind.CRASHING, entry)
         except CorpusError as error:

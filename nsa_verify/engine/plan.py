@@ -81,8 +81,10 @@ class Plan(Struct, frozen=True, kw_only=True):
     """Whether findings of one code are told apart by their buffer and region, each shrunk for itself."""
     known: tuple[Signature, ...] = ()
     """What earlier runs have shrunk and kept: seen again, it is told, and neither shrunk nor kept."""
+    again: tuple[Signature, ...] = ()
+    """What earlier runs have kept as it was drawn: seen again, it is shrunk and kept, and is not new."""
     until_new: bool = False
-    """Whether no more is drawn once something was seen that is not ``known``."""
+    """Whether no more is drawn once something was seen that is neither ``known`` nor to be shrunk ``again``."""
     blind: tuple[str, ...] = ()
     """Checks that are not made (``nsa_verify.engine.blinding.CHECKS``)."""
 

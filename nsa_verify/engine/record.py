@@ -97,6 +97,11 @@ class Record(Struct, forbid_unknown_fields=True):
         known.symptoms = list(dict.fromkeys((*known.symptoms, *symptoms)))
         return is_first
 
+    def rename(self, bug: Bug, name: Bug) -> None:
+        """The group ``bug`` is known by ``name`` from now on."""
+        if (known := self.sightings.pop(str(bug), None)) is not None:
+            self.sightings[str(name)] = known
+
     def unlearn(self, bug: Bug) -> None:
         """Its case agrees now: whatever looks like it again is to be shrunk and kept again."""
         known = self.sightings.get(str(bug))

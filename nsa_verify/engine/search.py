@@ -192,7 +192,7 @@ def _rounds(plan: Plan, crew: BaseCrew, state: _State, note: Callable[[Disagreem
 def _seen_enough(plan: Plan, state: _State) -> bool:
     """Whether what the plan looks for was seen, if it looks for anything in particular."""
     pairs = {(it.implementation, it.executor) for it in state.first}
-    is_new = bool(state.first.keys() - set(plan.known))
+    is_new = bool(state.first.keys() - {*plan.known, *plan.again})
     return (plan.until_new and is_new) or (bool(plan.until) and set(plan.until) <= pairs)
 
 

@@ -148,6 +148,8 @@ def _prune(context: click.Context) -> int:
     shared = {name: value for name, value in given.items() if name in names}
     where = {name: given[name] for name in ("corpus", "no_color")}
     minimized = _code_of(context, minimize, names=(), as_json=False, **shared)
+    if minimized == ExitCode.INTERRUPTED:
+        return minimized
     return max(minimized, _code_of(context, prune_corpus, dry_run=False, as_json=False, **where))
 
 

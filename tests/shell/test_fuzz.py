@@ -11,16 +11,18 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import click
 import pytest
 from conftest import NO_GPU
 from filelock import FileLock
 from msgspec.structs import replace
-from shell.commands import refused, saved, written
+from shell.commands import invoke, refused, saved, written
 from shell.test_processes import PROGRAM
 
 from nsa_verify.core.case import Mode
 from nsa_verify.engine.corpus import Kind, load, save, scan
 from nsa_verify.engine.record import FILE, FOLDER
+from nsa_verify.shell import fuzz_command
 
 TWO_BUGS = """
 from nsa_verify import Mode, implementation
@@ -147,6 +149,28 @@ def test_a_case_that_is_as_it_was_drawn_is_shrunk_by_the_next_campaign() -> None
     assert (smaller, load(smaller).provenance.attempts) == (path, 5)
 
 
+def test_a_case_as_it_was_drawn_in_another_mode_makes_room_for_the_minimal_one() -> None:
+    """As a search that was killed leaves it: the finding is what it showed first, and there is no record of it."""
+    both = "inputs.mode in (Mode.DECODE, Mode.TARGET_VERIFY)"
+    assert fuzz(*once(both), *UNTIL_FOUND).exit_code == 1
+    (path,) = scan(Path("corpus/crashing"))
+    entry = load(path)
+    assert entry.finding is not None
+    mode = Mode.TARGET_VERIFY if entry.finding.mode is not Mode.TARGET_VERIFY else Mode.DECODE
+    path.unlink()
+    Path("corpus", FOLDER, FILE).unlink()
+    drawn = saved(Path(), seq_len=9, implementation="once", mode=mode)
+    finding = replace(entry.finding, mode=mode)
+    left = save(Path("corpus"), Kind.CRASHING, replace(load(drawn), finding=finding), "nv101-once")
+    drawn.unlink(missing_ok=drawn == left)
+    again = fuzz(*once(both), *SHORT)
+    assert "1 finding open" in again.stdout, again.output
+    (minimal,) = scan(Path("corpus/crashing"))
+    assert load(minimal).provenance.attempts == 5
+    assert load(minimal).case.replays[0].requests[0].seq_len < 9
+    assert "shrinking" not in fuzz(*once(both), *SHORT).stdout
+
+
 def test_change_ends_at_the_first_new_finding() -> None:
     began = time.monotonic()
     found = fuzz(*twice(1, 1), *UNTIL_FOUND)
@@ -166,6 +190,18 @@ def test_prune_minimises_and_drops_what_others_cover() -> None:
     assert "pairs of labels covered" in told.stdout
     again = fuzz("--mode", "prune", "--impl", "twice.py", "--no-isolation")
     assert (again.exit_code, list(scan(Path("corpus/crashing")))) == (0, [smaller])
+
+
+def test_prune_that_is_interrupted_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str | None] = []
+
+    def interrupted(_: click.Context, command: click.Command, **__: object) -> int:
+        done.append(command.name)
+        return 130
+
+    monkeypatch.setattr(fuzz_command, "_code_of", interrupted)
+    assert invoke("fuzz", "--mode", "prune").exit_code == 130
+    assert done == ["minimize"]
 
 
 @pytest.mark.parametrize(("expires", "code"), [("2999-01-01", 0), ("2001-01-01", 1)])
