@@ -1,18 +1,20 @@
 """How long implementations take: on the host for a call, on the GPU as a node of a captured graph.
 
 The memory is laid out like an engine's, without the guard zones of a ``Rig``, which large tables leave no room for.
+Calls and nodes work on the same buffers again and again: what fits into the caches of a GPU is warm.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from msgspec import Struct
@@ -20,16 +22,20 @@ from msgspec import Struct
 from nsa_verify.core.buffers import TABLES, alias_of, shapes
 from nsa_verify.core.case import CtxLens, Mode, Setup
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, Implementation, MetadataBuffers, ReplayInputs
+from nsa_verify.device.health import refuse_dead
 
 Call = Callable[[], object]
+Check = Callable[[Call], object]
+"""Makes the call, and raises ``WrongResult`` unless its results are right."""
 
 NODES: Final = 40
 """Calls that are captured into one graph: its launch is then a small part of a call's time."""
 WARM_UPS: Final = 3
 COPIED: Final = 256 << 20
-"""Bytes of the copy that bandwidth is measured with; more than the caches hold."""
+"""Bytes of the copy that bandwidth is measured with; more than the caches hold, so it is that of DRAM."""
 SLOT_LIMIT: Final = 1 << 30
 TOP_K: Final = 2048
+NO_MEMORY: Final = (MemoryError, torch.OutOfMemoryError)
 KERNEL_NODE: Final = 0
 """CU_GRAPH_NODE_TYPE_KERNEL."""
 
@@ -116,8 +122,12 @@ def _reach(kv_lens: torch.Tensor, width: int, extent: Extent, block: int) -> tor
 
 
 def work(size: Size, mode: Mode, device: str, seed: int = 0) -> Work:
-    """Inputs of ``size`` drawn from ``seed``, and buffers of 0; accept lengths are 1 to N in DRAFT_EXTEND."""
+    """Inputs of ``size`` drawn from ``seed``, and buffers of 0; accept lengths are 1 to N in DRAFT_EXTEND.
+
+    Raises ``MemoryError`` for what the device can never hold.
+    """
     setup = size.setup()
+    _refuse_larger(setup, mode, device)
     chance = torch.Generator().manual_seed(seed)
     count, tokens = size.batch_size, size.num_draft_tokens
     lengths = torch.randint(max(size.longest // 2, tokens), size.longest + 1, (count,), generator=chance)
@@ -136,6 +146,19 @@ def work(size: Size, mode: Mode, device: str, seed: int = 0) -> Work:
     )
     steps = tuple(_buffers(setup, mode, count, device) for _ in range(size.num_steps))
     return Work(setup, inputs, steps)
+
+
+def _refuse_larger(setup: Setup, mode: Mode, device: str) -> None:
+    count, owned = setup.buckets[-1], 0
+    for name, shape in shapes(setup, mode, count).items():
+        owned += shape.rows * shape.columns if alias_of(setup, mode, name) is None else 0
+    needed = 4 * (setup.pool_rows * setup.pool_width + setup.num_steps * owned)
+    if device == "cuda":
+        held = torch.cuda.mem_get_info()[1]
+    else:
+        held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > held:
+        raise MemoryError(f"it needs {needed / 1e9:.1f} GB of {held / 1e9:.1f} GB; ask for fewer requests or columns")
 
 
 def _buffers(setup: Setup, mode: Mode, count: int, device: str) -> MetadataBuffers:
@@ -161,6 +184,18 @@ class Subject(Struct):
     """Kernels and copies of a captured call; 0: it was not captured."""
     syncs: int = 0
     allocations: int = 0
+    fallbacks: tuple[str, ...] = ()
+    """Why the fast path was not taken, as it said itself."""
+    error: str = ""
+    """What it raised while it was timed; then nothing is known of it."""
+
+
+class Candidate(NamedTuple):
+    """A call that may be timed; ``capture``: also as a node of a graph."""
+
+    name: str
+    call: Call
+    capture: bool
 
 
 def refresh_of(implementation: Implementation, given: Work) -> Call:
@@ -169,11 +204,19 @@ def refresh_of(implementation: Implementation, given: Work) -> Call:
     return lambda: implementation.refresh(inputs, steps, setup)
 
 
-def prepared(name: str, call: Call, capture: bool, device: str) -> Subject:
-    """Warm ``call`` up, look at what it does, and capture ``NODES`` calls of it if it may be captured."""
+def _unchecked(call: Call) -> object:
+    return call()
+
+
+def prepared(name: str, call: Call, capture: bool, device: str, check: Check = _unchecked) -> Subject:
+    """Warm ``call`` up, look at what it does, and capture ``NODES`` calls of it if it may be captured.
+
+    ``check`` makes one call and one replay of that graph. Raises ``WrongResult`` as it does, and what ``call`` raises.
+    """
     subject = Subject(name, call)
     for _ in range(WARM_UPS):
         call()
+    check(call)
     if device != "cuda":
         return subject
     torch.cuda.synchronize()
@@ -185,12 +228,23 @@ def prepared(name: str, call: Call, capture: bool, device: str) -> Subject:
     if capture:
         subject.launches = _launches(call)
         subject.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(subject.graph):
+        with _recorded(subject.graph):
             for _ in range(NODES):
                 call()
-        subject.graph.replay()
+        check(subject.graph.replay)
     torch.cuda.synchronize()
     return subject
+
+
+@contextmanager
+def _recorded(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Capture into ``graph``; a capture that fails does not leave its stream behind as the current one."""
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            yield
+    finally:
+        torch.cuda.set_stream(stream)
 
 
 @contextmanager
@@ -212,7 +266,7 @@ def _counted_syncs() -> Iterator[list[warnings.WarningMessage]]:
 def _launches(call: Call) -> int:
     """The nodes of a graph of one call."""
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(graph):
+    with _recorded(graph):
         call()
     count = ctypes.c_size_t()
     handle = ctypes.c_void_p(graph.raw_cuda_graph())
@@ -223,13 +277,27 @@ def _launches(call: Call) -> int:
 
 
 def measure(subjects: Sequence[Subject], device: str, repetitions: int, calls: int = 20) -> None:
-    """Time all ``subjects``, interleaved: one repetition of each, then the next, another one first each time."""
+    """Time all ``subjects``, interleaved: one repetition of each, then the next, another one first each time.
+
+    One that raises notes its ``error`` and is not called again. Raises ``DeviceDied`` if it took the device with it.
+    """
     for repetition in range(repetitions):
         for place in range(len(subjects)):
             subject = subjects[(place + repetition) % len(subjects)]
-            subject.host_us.append(_host_us(subject.call, calls, device))
-            if subject.graph is not None:
-                subject.node_us.append(_node_us(subject.graph))
+            if subject.error:
+                continue
+            try:
+                subject.host_us.append(_host_us(subject.call, calls, device))
+                if subject.graph is not None:
+                    subject.node_us.append(_node_us(subject.graph))
+            except Exception as error:  # noqa: BLE001 - an implementation may raise anything
+                subject.error = sentence(error)
+                refuse_dead(device, error)
+
+
+def sentence(error: BaseException) -> str:
+    """What was raised, in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".removesuffix(": ")
 
 
 def _host_us(call: Call, calls: int, device: str) -> float:
@@ -257,7 +325,11 @@ def _node_us(graph: torch.cuda.CUDAGraph, replays: int = 3) -> float:
 
 
 class Floor(Struct, frozen=True):
-    """What no implementation can be faster than, measured: an empty kernel as a node, and bytes at copy bandwidth."""
+    """An empty kernel as a node, and bytes at the bandwidth of a copy through DRAM, both measured.
+
+    No implementation whose bytes come from DRAM can be faster. Nodes work on the same buffers again, though: where
+    those fit into L2 they are warm, and the floor is no lower bound.
+    """
 
     empty_node_us: float
     bytes_per_us: float
@@ -268,7 +340,7 @@ class Floor(Struct, frozen=True):
 
 
 def floor(repetitions: int) -> Floor:
-    """Measure it on this GPU."""
+    """Measure it on this GPU; what is copied is larger than L2, so that it moves through DRAM."""
     from nsa_verify.device.nothing import nothing
 
     source = torch.zeros(COPIED // 4, dtype=torch.int32, device="cuda")
@@ -278,6 +350,8 @@ def floor(repetitions: int) -> Floor:
         prepared("copy", lambda: target.copy_(source), True, "cuda"),
     ]
     measure(subjects, "cuda", repetitions)
+    if errors := [it.error for it in subjects if it.error]:
+        raise RuntimeError(errors[0])
     return Floor(median(subjects[0].node_us), 2 * COPIED / median(subjects[1].node_us))
 
 

@@ -12,6 +12,7 @@ import click
 from msgspec import Struct
 
 from nsa_verify import __version__
+from nsa_verify.core.case import INT32_MAX, MAX_BATCH_SIZE, MAX_STEPS, MAX_TABLE_WIDTH
 from nsa_verify.core.findings import Outcome
 from nsa_verify.core.registry import ImplementationError
 from nsa_verify.engine.events import Event, RoundFinished, RunFinished, RunStarted
@@ -26,6 +27,8 @@ from nsa_verify.shell.reporter import console, say
 from nsa_verify.shell.timing_tables import times
 
 ENDLESS = 10_000_000
+LONG = 20
+"""Digits that no size has."""
 WORKER = "worker: "
 
 
@@ -34,12 +37,38 @@ def _sizes(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]
     found = []
     for value in values:
         numbers = value.split(",")
-        if len(numbers) not in (3, 4) or not all(it.isdecimal() and int(it) for it in numbers):
+        if len(numbers) not in (3, 4) or not all(it.isdecimal() and len(it) < LONG and int(it) for it in numbers):
             raise click.BadParameter(f"{value!r} is not B,W,LONGEST[,S], as 32,131080,4000", param=parameter)
-        if not int(numbers[2]) <= int(numbers[1]):
-            raise click.BadParameter(f"{value!r}: a KV length of {numbers[2]} is wider than the table", param=parameter)
-        found.append(tuple(int(it) for it in numbers))
+        size = tuple(int(it) for it in numbers)
+        if refusal := _refusal(*size):
+            raise click.BadParameter(f"{value!r}: {refusal}", param=parameter)
+        found.append(size)
     return tuple(found)
+
+
+def _refusal(count: int, width: int, longest: int, steps: int = 1) -> str | None:
+    """Why no engine has this size, and which one it has."""
+    from nsa_verify.device.timing import Size
+
+    if longest > width:
+        return f"a KV length of {longest} is wider than the table"
+    size = Size(batch_size=count, table_width=width, longest=longest, num_steps=steps)
+    tokens = size.num_draft_tokens
+    for name, value, least, most in (
+        ("B", count, 1, MAX_BATCH_SIZE),
+        ("W", width, tokens + 1, MAX_TABLE_WIDTH),
+        ("LONGEST", longest, tokens, width),
+        ("S", steps, 1, MAX_STEPS),
+    ):
+        if not least <= value <= most:
+            return f"{name} = {value} must be between {least} and {most}"
+    if count * (longest + tokens) > INT32_MAX:
+        return f"sums of {count} lengths of {longest} exceed int32; ask for fewer requests or shorter ones"
+    try:
+        size.setup()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @click.group(cls=opt.Group, invoke_without_command=True)
@@ -92,8 +121,10 @@ def bench(
 
     Prints for each implementation, mode and size the host time of a call, and on a GPU the device time of a call inside
     a captured graph, its launches, waits and allocations, what it moves at least by the write extent it declares, and
-    how many times the floor it takes: an empty node, and what is live at the bandwidth of a copy, both measured in the
-    same run. Numbers are microseconds, medians with the least and the most. What disagrees is not timed: exit code 1.
+    how many times the floor it takes: an empty node, and what is live at the bandwidth of a copy through DRAM, both
+    measured in the same run; nodes use the same buffers again, so what fits into L2 is warm and may be faster. Numbers
+    are microseconds, medians with the least and the most. What disagrees, there or on the inputs that are timed, is not
+    timed: exit code 1.
     """
     if context.invoked_subcommand is not None:
         return

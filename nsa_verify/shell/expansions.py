@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from nsa_verify import kernels
 from nsa_verify.device import timing
+from nsa_verify.device.answers import POISON, WrongResult
 
 
-def expansions(batch_size: int, device: str, tokens: int = 4) -> tuple[list[timing.Subject], int]:
-    """The ragged expansion alone, as stages 0 to 2 do it and in one launch; and the bytes that must move.
+class Expansions(NamedTuple):
+    """What may be timed, by the name of the implementation that expands so; how to check it; bytes that must move."""
 
-    Raises ``AssertionError`` for one whose values are wrong: such a one is not timed.
-    """
+    rows: dict[str, timing.Candidate]
+    check: timing.Check
+    live_bytes: int
+
+
+def expansions(batch_size: int, device: str, tokens: int = 4) -> Expansions:
+    """The ragged expansion alone, as stages 0 to 2 do it and in one launch."""
     chance = torch.Generator().manual_seed(batch_size)
     accepts = torch.randint(1, tokens + 1, (batch_size,), generator=chance, dtype=torch.int32)
     lengths = torch.randint(2000, 4001, (batch_size,), generator=chance, dtype=torch.int32)
@@ -41,19 +49,20 @@ def expansions(batch_size: int, device: str, tokens: int = 4) -> tuple[list[timi
     def onepass() -> None:
         kernels.fill_draft_extend_metadata_onepass(*given, expanded, clamped)
 
-    subjects: list[timing.Subject] = []
-    for name, call in (
-        ("python-loop (stage 0)", stage_0),
-        ("triton-fused (stage 1)", stage_1),
-        ("triton-inplace (stage 2)", stage_2),
-        ("onepass", onepass),
-    ):
-        expanded.zero_()
-        clamped.zero_()
+    def check(call: timing.Call) -> None:
+        expanded.fill_(POISON)
+        clamped.fill_(POISON)
         call()
-        if expanded[:rows].tolist() != expected or clamped[:rows].tolist() != [
-            min(it, timing.TOP_K) for it in expected
-        ]:
-            raise AssertionError(f"{name} expands {batch_size} ragged requests wrongly")
-        subjects.append(timing.prepared(name, call, call is onepass, device))
-    return subjects, 4 * (2 * batch_size + 2 * rows)
+        wanted = {"expanded": expected, "clamped": [min(it, timing.TOP_K) for it in expected]}
+        for name, out in (("expanded", expanded), ("clamped", clamped)):
+            for row, (want, got) in enumerate(zip(wanted[name], out[:rows].tolist(), strict=True)):
+                if got != want:
+                    raise WrongResult(f"{name}[{row}] must be {want} and is {got}")
+
+    found = {
+        "python-loop": timing.Candidate("python-loop (stage 0)", stage_0, False),
+        "triton-fused": timing.Candidate("triton-fused (stage 1)", stage_1, False),
+        "triton-inplace": timing.Candidate("triton-inplace (stage 2)", stage_2, False),
+        "onepass": timing.Candidate("onepass", onepass, True),
+    }
+    return Expansions(found, check, 4 * (2 * batch_size + 2 * rows))

@@ -20,10 +20,15 @@ HOST_TERMS = (
     ("B, W, to, S", "Requests, columns of the page table, the longest KV length (the shortest is half of it), steps."),
     ("with schedule", "The paged-MQA schedule and its lengths are refreshed too."),
     ("host", "A call on the host, of several in a row; the device is not waited for."),
+    ("(fell back)", "At this size it reported, with nsa_verify.fallback, that it did not take its fast path."),
+)
+FLOOR = (
+    "An empty node, and what is live at the bandwidth of a copy through DRAM, both measured in the same run."
+    " Where what is live fits into L2 it is warm there, and this is no lower bound."
 )
 GPU_TERMS = (
-    ("node", "A call on the device, of many in one captured graph."),
-    ("floor", "An empty node, and what is live at the bandwidth of a copy, both measured in the same run."),
+    ("node", "A call on the device, of many in one captured graph; all use the same buffers, warm in L2 if they fit."),
+    ("floor", FLOOR),
     ("MB live", "What must move at least: live slots read once, written once for each row of each step; the lists."),
     ("MB moved", "The same up to the write extent that the implementation declares."),
     ("launches", "The nodes of a captured graph of one call."),

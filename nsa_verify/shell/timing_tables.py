@@ -9,11 +9,12 @@ import click
 from rich.console import Console
 
 from nsa_verify.core.registry import ImplementationError
+from nsa_verify.engine.events import Tally
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.process import EngineError
 from nsa_verify.shell import timing_page
-from nsa_verify.shell.options import Unable
-from nsa_verify.shell.render import columns, counted, json_text
+from nsa_verify.shell.options import ExitCode, Unable
+from nsa_verify.shell.render import columns, counted, json_text, tally_lines
 from nsa_verify.shell.reporter import say
 from nsa_verify.shell.timings import Ask, Timing, Timings, measured, verified
 
@@ -62,9 +63,13 @@ def times(
     if html is not None:
         timing_page.write(html, timing_page.page(told, device, list(facts(told, device)), list(tables(told, device))))
     for it in told.rejected:
-        click.echo(f"{it}; see nsa-verify run --only NAME", err=True)
+        click.echo(str(it) if it.size else f"{it}; see nsa-verify run --only NAME", err=True)
+    if any(it.size for it in told.rejected):
+        code = ExitCode.DISAGREE
     if code:
         raise SystemExit(code)
+    if told.skipped:
+        raise Unable("; ".join(told.skipped))
     if not told.timings:
         raise Unable(f"nothing was timed: {_unscheduled(told) if told.unscheduled else NOT_JUDGED}")
 
@@ -90,14 +95,17 @@ def lines(told: Timings, device: str) -> Iterator[str]:
 def facts(told: Timings, device: str) -> Iterator[str]:
     """What was measured where and how, and what was left out."""
     yield f"nsa-verify {told.version} on {told.device}"
-    after = f"each implementation agreed on {counted(told.cases, 'case')} first; seed {told.seed}"
+    after = f"of {counted(told.cases, 'case')} each implementation agreed on all that it runs first; seed {told.seed}"
     yield f"medians of {told.repetitions} interleaved repetitions, in microseconds (least-most); {after}"
     if device == "cuda":
-        yield f"an empty node takes {told.empty_node_us:.2f} us, a copy moves {told.bytes_per_us / 1e6:.2f} TB/s"
+        bandwidth = f"{told.bytes_per_us / 1e6:.2f} TB/s"
+        yield f"an empty node takes {told.empty_node_us:.2f} us, a copy through DRAM moves {bandwidth}"
     else:
         yield f"{NO_GPU} (left out: {', '.join(told.interpreted) or 'none'})"
     if told.unscheduled:
         yield _unscheduled(told)
+    yield from told.skipped
+    yield from tally_lines(Tally(told.fallbacks))
 
 
 def _unscheduled(told: Timings) -> str:
@@ -119,7 +127,8 @@ def _table(timings: Sequence[Timing], on_gpu: bool) -> list[tuple[str, ...]]:
     of_gpu = ("node", "x the floor", "MB moved", "launches", "syncs", "allocations")
     rows: list[tuple[str, ...]] = [(*heads, *of_gpu) if on_gpu else heads]
     for it in timings:
-        row: tuple[str, ...] = (it.implementation, str(it.host), f"{it.host_ratio:.1f}" if it.host_ratio else "-")
+        name = f"{it.implementation} (fell back)" if it.fallbacks else it.implementation
+        row: tuple[str, ...] = (name, str(it.host), f"{it.host_ratio:.1f}" if it.host_ratio else "-")
         if on_gpu:
             ratio = it.floor_ratio
             node = (str(it.node), f"{ratio:.2f}") if it.node is not None and ratio is not None else ("-", "-")

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace as replace_fields
+from functools import partial
+
 import pytest
 import torch
+from helpers import draw_many
 from msgspec.structs import replace
 
-from nsa_verify.core.case import Mode
-from nsa_verify.core.implementation import Extent
-from nsa_verify.core.oracle import schedule
+from nsa_verify.core.buffers import TABLES, alias_of, shapes
+from nsa_verify.core.case import Case, Mode
+from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, MetadataBuffers, ReplayInputs
+from nsa_verify.core.oracle import Expectation, batch, expect, schedule
 from nsa_verify.core.registry import find
+from nsa_verify.device.answers import POISON, Answers, WrongResult
+from nsa_verify.device.pool import slot_table
 from nsa_verify.device.timing import Floor, Size, Subject, measure, prepared, refresh_of, work
+from nsa_verify.strategies import Limits, cases
 
 SIZE = Size(batch_size=3, table_width=40, longest=20, num_draft_tokens=2, page_size=16, num_steps=2)
 
@@ -72,6 +80,75 @@ def test_the_schedule_is_refreshed_too(mode: Mode) -> None:
         assert step.paged_mqa_schedule.tolist() == [list(it) for it in entries]
 
 
+def answers_of(case: Case, index: int) -> tuple[Answers, MetadataBuffers, Expectation]:
+    """The form's answers to a replay, one step of buffers, and what the oracle says of it."""
+    setup, replay, given = case.setup, case.replays[index], batch(case, index)
+    lengths = torch.tensor(given.seq_lens, dtype=torch.int32)
+    inputs = ReplayInputs(
+        mode=replay.mode,
+        batch_size=given.bucket,
+        seq_lens=lengths,
+        seq_lens_cpu=lengths,
+        req_pool_indices=torch.tensor(given.pool_rows),
+        req_to_token=slot_table(setup, replay, "cpu").int(),
+        accept_lens=torch.tensor(given.accept_lens, dtype=torch.int32),
+    )
+    made: dict[str, torch.Tensor] = {}
+    for name, shape in shapes(setup, replay.mode, given.bucket).items():
+        alias = alias_of(setup, replay.mode, name)
+        size = shape if name in (*TABLES, *OPTIONAL_OUTPUTS) else (shape.columns,)
+        made[name] = made[alias].view(size) if alias else torch.zeros(size, dtype=torch.int32)
+    step = MetadataBuffers(**made)
+    return Answers(inputs, [step], setup), step, expect(case, index)
+
+
+def fill(step: MetadataBuffers, wanted: Expectation, spoilt: tuple[str, int, int] | None = None) -> None:
+    """What the oracle wants, and nothing else; one too many in the ``spoilt`` buffer, row and column."""
+    for name, rows in wanted.buffers.items():
+        for row, it in enumerate(rows):
+            line(step, name, row)[: len(it.values)] = torch.tensor(it.values)
+    if spoilt is not None:
+        line(step, *spoilt[:2])[spoilt[2]] += 1
+
+
+def line(step: MetadataBuffers, name: str, row: int) -> torch.Tensor:
+    """One row of a buffer; 1-D buffers are row 0."""
+    buffer: torch.Tensor = getattr(step, name)
+    return buffer[row] if buffer.ndim == 2 else buffer
+
+
+@pytest.mark.parametrize("cells", [1, 1 << 24])
+@pytest.mark.parametrize("mode", list(Mode))
+def test_answers_are_those_of_the_oracle(mode: Mode, cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nsa_verify.device.answers.CELLS", cells)
+    for case in draw_many(cases([mode], limits=replace_fields(Limits.short(), width=160, top_k_width=400)), 60):
+        for index in range(len(case.replays)):
+            answers, step, wanted = answers_of(case, index)
+            answers.check(partial(fill, step, wanted))
+            for name, rows in wanted.buffers.items():
+                row = next((row for row, it in enumerate(rows) if it.live), None)
+                if row is not None:
+                    with pytest.raises(WrongResult, match=r" must be \d+ and is \d+$"):
+                        answers.check(partial(fill, step, wanted, (name, row, rows[row].live - 1)))
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_doing_nothing_is_seen(mode: Mode) -> None:
+    given = work(replace(SIZE, longest=40, schedule=True), mode, "cpu")
+    refresh = refresh_of(find("vectorized"), given)
+    answers = Answers(given.inputs, given.steps, given.setup)
+    prepared("right", refresh, False, "cpu", answers.check)
+    with pytest.raises(WrongResult, match=rf"cache_seqlens\[0\] of step 0 must be \d+ and is {POISON}, which it was "):
+        prepared("nothing", lambda: None, False, "cpu", answers.check)
+
+
+def test_what_raises_while_it_is_timed_is_timed_no_more() -> None:
+    subjects = [Subject("raises", [].pop), Subject("works", lambda: None)]
+    measure(subjects, "cpu", repetitions=3, calls=1)
+    assert [it.error for it in subjects] == ["IndexError: pop from empty list", ""]
+    assert [len(it.host_us) for it in subjects] == [0, 3]
+
+
 def test_the_work_is_right_for_an_implementation() -> None:
     given = work(SIZE, Mode.TARGET_VERIFY, "cpu")
     refresh_of(find("vectorized"), given)()
@@ -108,6 +185,17 @@ def test_what_a_call_does_is_counted() -> None:
     measure([subject], "cuda", repetitions=3)
     assert len(subject.node_us) == 3
     assert all(it > 0.1 for it in subject.node_us)
+    given = work(SIZE, Mode.DECODE, "cuda")
+    answers, refresh = Answers(given.inputs, given.steps, given.setup), refresh_of(find("vectorized"), given)
+    assert prepared("right", refresh, True, "cuda", answers.check).graph is not None
+
+    def eager_only() -> None:
+        target.copy_(source)
+        if not torch.cuda.is_current_stream_capturing():
+            refresh()
+
+    with pytest.raises(WrongResult):
+        prepared("eager-only", eager_only, True, "cuda", answers.check)
     waits = prepared("waits", lambda: source.sum().item(), False, "cuda")
     assert (waits.launches, waits.graph) == (0, None)
     assert waits.syncs >= 1

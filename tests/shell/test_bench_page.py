@@ -116,7 +116,7 @@ def test_the_page_of_a_run(folder: Path) -> None:
     page = (folder / "page.html").read_text(encoding="utf-8")
     for cell in done.stdout.splitlines()[-1].split("  "):
         assert cell.strip() in page
-    assert "each implementation agreed on 20 cases first; seed 0" in page
+    assert "of 20 cases each implementation agreed on all that it runs first; seed 0" in page
     assert page.count('class="bar"') == (2 if NO_GPU else 1), "python-loop is not captured"
 
 
