@@ -1,4 +1,4 @@
-"""The methods of the backend as rows of the matrix: ``--impl nsa_verify.kernels.backend_rows``.
+"""The methods of the backend, and the ragged expansions alone, as rows: ``--impl nsa_verify.kernels.backend_rows``.
 
 Not in ``BUILTIN_MODULES``, since each row costs time in every run, and not beside the backend itself, since whoever
 imports that would have them in each later run. Every call makes a new backend, which adopts the verifier's buffers and
@@ -7,15 +7,19 @@ replays once: the state that a backend keeps from replay to replay is a matter o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, MetadataBuffers, ReplayInputs, implementation
 from nsa_verify.kernels.backend import NativeSparseAttnBackend, NativeSparseAttnMultiStepBackend
 from nsa_verify.kernels.backend_arguments import ForwardMode
+from nsa_verify.kernels.onepass import fill_draft_extend_metadata_onepass
+from nsa_verify.kernels.onepass import refresh as refresh_onepass
+from nsa_verify.kernels.triton_inplace import fill_draft_extend_metadata_inplace
 
 
 @dataclass(slots=True)
@@ -82,6 +86,37 @@ def refresh_precomputed(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], 
     )
     for backend in backends:
         backend.init_forward_metadata_replay_cuda_graph_from_precomputed(bs, precomputed, mode)
+
+
+@implementation("engine-expansion", modes=[Mode.DRAFT_EXTEND], extent=Extent.LIVE, capturable=True)
+def refresh_expansion(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup) -> None:
+    """``onepass``, but for the expanded rows, which are those of ``fill_draft_extend_metadata_onepass``."""
+    _expand_with(fill_draft_extend_metadata_onepass, inputs, steps, setup)
+
+
+@implementation("engine-expansion-inplace", modes=[Mode.DRAFT_EXTEND], extent=Extent.LIVE, capturable=False)
+def refresh_expansion_inplace(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup) -> None:
+    """The same with ``fill_draft_extend_metadata_inplace``, which waits for the device."""
+    _expand_with(fill_draft_extend_metadata_inplace, inputs, steps, setup)
+
+
+def _expand_with(
+    fill: Callable[[Tensor, Tensor, int, Tensor, Tensor], object],
+    inputs: ReplayInputs,
+    steps: Sequence[MetadataBuffers],
+    setup: Setup,
+) -> None:
+    """What ``fill`` leaves in memory that held -1 takes the place of what is live; what it wrote past that shows."""
+    refresh_onepass(inputs, steps, setup)
+    accept_lens = inputs.accept_lens
+    assert accept_lens is not None
+    seq_lens = inputs.seq_lens[: inputs.batch_size]
+    filled = torch.full((2, steps[0].nsa_seqlens_expanded.shape[0]), -1, dtype=torch.int32, device=seq_lens.device)
+    fill(accept_lens[: inputs.batch_size], seq_lens, setup.index_topk, filled[0], filled[1])
+    live = torch.arange(filled.shape[1], device=seq_lens.device) < accept_lens[: inputs.batch_size].sum()
+    for step in steps:
+        for row, buffer in zip(filled, (step.nsa_seqlens_expanded, step.nsa_cache_seqlens), strict=True):
+            buffer.copy_(torch.where(live | (row != -1), row, buffer))
 
 
 def _replay_each(

@@ -14,9 +14,10 @@ All four modes are one formula: with the KV length ``k`` (the draft tokens inclu
 DECODE, N in the uniform modes), row ``j`` of these has ``max(0, k - a + j + 1)`` tokens. With ``F(x)``, the sum of
 ``min(t, K)`` over ``t = 1..x``, their lengths after the top-k minimum sum to ``F(k) - F(k - a)``.
 
-Addresses and sums are 64 bit. Nothing that varies with the batch is a ``constexpr``, and integers are not specialised on.
-Addresses are, since Triton has no way to leave that out for those in a tuple: a buffer that does not begin at a multiple
-of 16 bytes, as what torch allocates does, is another compilation. Functions called within the kernel are few, since the interpreter pays a millisecond for each call.
+Addresses and sums are 64 bit. Nothing that varies with the batch is a ``constexpr``, and integers are not specialised
+on. Addresses are, since Triton has no way to leave that out for those in a tuple: a buffer that does not begin at a
+multiple of 16 bytes, as what torch allocates does, is another compilation. Functions called within the kernel are few,
+since the interpreter pays a millisecond for each call.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from nsa_verify.kernels import BACKEND_ROWS, BUILTIN_MODULES, backend
 from nsa_verify.strategies import cases
 
 NAMES = ("engine-triton", "engine-python", "engine-multistep", "engine-precomputed")
+EXPANSIONS = ("engine-expansion", "engine-expansion-inplace")
 GRAPH = "graph" if torch.cuda.is_available() else "simulated-graph"
 UNIFORM = {Mode.DECODE, Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND_V2}
 
@@ -30,7 +31,7 @@ def _rows() -> Iterator[None]:
     load_builtin()
     before = registered()
     sys.modules.pop(BACKEND_ROWS, None)
-    assert load_reference(BACKEND_ROWS) == NAMES
+    assert load_reference(BACKEND_ROWS) == (*NAMES, *EXPANSIONS)
     yield
     close_rigs()
     declaring._registered.clear()
@@ -113,8 +114,43 @@ def test_the_rows_declare_what_they_are() -> None:
 
 def test_the_rows_come_by_reference_only() -> None:
     assert BACKEND_ROWS not in BUILTIN_MODULES
-    assert list(load([BACKEND_ROWS]))[-4:] == list(NAMES)
-    assert load_reference(BACKEND_ROWS) == NAMES
+    assert list(load([BACKEND_ROWS]))[-6:] == [*NAMES, *EXPANSIONS]
+    assert load_reference(BACKEND_ROWS) == (*NAMES, *EXPANSIONS)
+
+
+@cache
+def _ragged() -> tuple[Case, ...]:
+    return tuple(draw_many(cases(modes=[Mode.DRAFT_EXTEND]), 25, seeded=12))
+
+
+@pytest.mark.parametrize(
+    ("name", "executor"), [(EXPANSIONS[0], "eager"), (EXPANSIONS[0], GRAPH), (EXPANSIONS[1], "eager")]
+)
+def test_the_expansions_alone(name: str, executor: str) -> None:
+    agreed = [verify(case, name, executor=executor) for case in _ragged()]
+    assert {it.outcome for it in agreed} <= {Outcome.AGREE, Outcome.NOT_APPLICABLE}, agreed
+    assert sum(it.outcome is Outcome.AGREE for it in agreed) >= 15
+
+
+@pytest.mark.parametrize(("rows", "off"), [(slice(1, 2), 1), (slice(3, 4), 0)])
+@pytest.mark.parametrize("name", EXPANSIONS)
+def test_an_expansion_that_does_wrong_is_found(
+    name: str, rows: slice, off: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong live row, and a row behind them that is written."""
+    requests = tuple(Request(seq_len=9, accept_len=accept_len) for accept_len in (2, 1))
+    setup = Setup(num_draft_tokens=2, buckets=(2,))
+    case = Case(setup=setup, replays=(Replay(mode=Mode.DRAFT_EXTEND, requests=requests),))
+    assert verify(case, name).outcome is Outcome.AGREE
+    function = "fill_draft_extend_metadata_" + ("inplace" if name.endswith("inplace") else "onepass")
+    right = getattr(sys.modules[BACKEND_ROWS], function)
+
+    def wrong(*arguments: Any) -> None:
+        right(*arguments)
+        arguments[3][rows].add_(1 + off)
+
+    monkeypatch.setattr(sys.modules[BACKEND_ROWS], function, wrong)
+    assert verify(case, name).outcome is Outcome.DISAGREE
 
 
 def _one_each(_self: object, bs: int, _spec_info: object) -> torch.Tensor:
