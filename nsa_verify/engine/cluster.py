@@ -7,18 +7,14 @@ work and give results, and know neither the corpus nor each other.
 from __future__ import annotations
 
 import logging
-import math
 import os
-import signal
-import socket
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 
@@ -31,6 +27,7 @@ from nsa_verify.engine.crew import GRACE_S, POLL_S, TRIES, BaseCrew, Crew
 from nsa_verify.engine.messages import Hello
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.process import START_S, EngineError
+from nsa_verify.engine.reaching import ANSWER_S, answers, apart, ask_for_answer, line, quiet, refusal
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,24 +35,25 @@ T = TypeVar("T")
 RAY: Final = "ray"
 """The engine of a plan whose searchers are on a cluster."""
 ADDRESS: Final = "RAY_ADDRESS"
-ON_A_GPU: Final = 8
-"""Searchers on a GPU if nobody says how many there are to be: their workers take 16 GiB of it at most."""
-MOST: Final = 256
 STARTS: Final = 3
 """How often in a row a searcher may die before it is up."""
 SETTLE_S: Final = 5.0
 """How long after one searcher has come up the next is waited for before the work begins."""
 AGAIN_S: Final = 1.0
-ANSWER_S: Final = 5.0
-HTTP2_SETTINGS: Final = b"\x04"
-HTTP2_HELLO: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0" + HTTP2_SETTINGS + b"\0\0\0\0\0"
-"""What a client of gRPC says first, and the kind of the frame that it is answered with."""
+LEFT_OUT: Final = 100
+"""How many reasons why searchers are left out are told."""
+GONE_S: Final = 10.0
+"""How long the ports of the cluster may be silent. Ray itself ends this process after a minute, with exit code 1."""
 CONTROL: Final = "control"
 """The threads of an actor that hear what it is told while it works."""
 
 
 class _Lost(Exception):
     """An actor is gone, or is not wanted any more."""
+
+
+class _Late(Exception):
+    """An actor is still coming up, and the work is over."""
 
 
 class Cluster:
@@ -69,9 +67,14 @@ class Cluster:
         self.is_proven = False
         """Whether a crew has been at work here: who cannot work now came later, and the others go on without."""
         self._left_out: set[str] = set()
-        self._spares: list[tuple[str, float, Any]] = []
+        self._spares: list[tuple[str, float, Any, bool]] = []
         self._lock = threading.Lock()
-        with _quiet():
+        self._vital: dict[tuple[str, int], str] = {}
+        """Where the processes listen that nothing works without, and what is said if one is gone."""
+        self._silent: dict[tuple[str, int], float] = {}
+        self._is_gone = False
+        self._looked_at_s = 0.0
+        with quiet():
             if self.is_ours:
                 _connect(self.ray, address)
             self._actors = self.ray.remote(
@@ -81,47 +84,108 @@ class Cluster:
                 concurrency_groups={CONTROL: 1},
                 scheduling_strategy="SPREAD",
             )(Searcher)
+            with suppress(KeyError, StopIteration, ValueError):  # a node that Ray describes otherwise is not looked at
+                self._find_vital()
+
+    def _find_vital(self) -> None:
+        context = self.ray.get_runtime_context()
+        own = next(it for it in self.ray.nodes() if it["NodeID"] == context.get_node_id())
+        host, _, port = str(context.gcs_address).rpartition(":")
+        kept = "what was found is kept; start it again, and this command"
+        for place, what in (
+            ((host.strip("[]"), int(port)), f"the head of the Ray cluster, {context.gcs_address}, is gone"),
+            ((own["NodeManagerAddress"], own["NodeManagerPort"]), "the Ray node of this machine is gone (its raylet)"),
+        ):
+            if answers(*place):
+                self._vital[place] = f"--engine ray: {what}; {kept}"
+
+    def look(self, at_once: bool = False) -> bool:
+        """Whether the head of the cluster and the node of this machine answer, asked without Ray, which would block.
+
+        Raises ``EngineError`` if one of them has not for ``GONE_S``.
+        """
+        now = time.monotonic()
+        if at_once or now - self._looked_at_s > AGAIN_S:
+            for place, sentence in self._vital.items():
+                if answers(*place):
+                    self._silent.pop(place, None)
+                elif now - self._silent.setdefault(place, now) > GONE_S:
+                    self._is_gone = True
+                    raise EngineError(sentence)
+            self._looked_at_s = time.monotonic()
+        return not self._silent
+
+    def _asked(self, question: Callable[[], T]) -> T:
+        """What Ray says, unless the cluster goes meanwhile."""
+        future: Future[T] = Future()
+
+        def ask() -> None:
+            try:
+                future.set_result(question())
+            except Exception as error:  # noqa: BLE001 - raised below
+                future.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True).start()
+        while not wait([future], POLL_S).done:
+            self.look()
+        try:
+            return future.result()
+        except self.ray.exceptions.RayError as error:
+            raise EngineError(f"--engine ray: the cluster does not say what it has: {line(error)}") from error
 
     def total(self, name: str) -> float:
         """How much of a resource, such as ``CPU``, all nodes have together."""
-        return float(self.ray.cluster_resources().get(name, 0.0))
+        return float(self._asked(self.ray.cluster_resources).get(name, 0.0))
 
     def room(self, gpu_share: float) -> int:
-        """How many more searchers can start now, those that wait here included."""
-        free = self.ray.available_resources()
+        """How many more searchers can start now, those that are up and wait here included."""
+        free = self._asked(self.ray.available_resources)
         places = free.get("CPU", 0.0)
         if gpu_share:
             places = min(places, free.get("GPU", 0.0) / gpu_share)
-        return int(places) + len(self._spares)
+        return int(places) + sum(is_up for *_, is_up in self._spares)
 
     def searcher(self, device: str, gpu_share: float) -> tuple[Any, bool]:
-        """One that waits here, or a new one; and whether it is new."""
+        """One that waits here, rather one that is up, or a new one; and whether it was up before."""
         with self._lock:
-            for place, (of, share, actor) in enumerate(self._spares):
+            for place, (of, share, actor, is_up) in enumerate(self._spares):
                 if (of, share) == (device, gpu_share):
                     del self._spares[place]
-                    return actor, False
-        return self._actors.options(num_gpus=gpu_share or None).remote(os.getcwd(), list(sys.path)), True
+                    return actor, is_up
+        return self._actors.options(num_gpus=gpu_share or None).remote(os.getcwd(), list(sys.path)), False
 
-    def keep(self, device: str, gpu_share: float, actor: Any) -> None:
-        """Have a searcher wait for the next crew: its process has everything imported."""
+    def keep(self, device: str, gpu_share: float, actor: Any, is_up: bool) -> None:
+        """Have a searcher wait for the next crew: its process has everything imported, or is on its way."""
         with self._lock:
-            self._spares.append((device, gpu_share, actor))
+            self._spares.insert(0 if is_up else len(self._spares), (device, gpu_share, actor, is_up))
 
     def leave_out(self, problem: Exception) -> None:
         """Tell once why a searcher does not take part."""
-        if self.is_proven and str(problem) not in self._left_out:
-            self._left_out.add(str(problem))
+        told = str(problem)
+        if problem.__cause__ is not None:  # what Ray says names other actors each time
+            told = told.replace(line(problem.__cause__), "")
+        if self.is_proven and told not in self._left_out and len(self._left_out) < LEFT_OUT:
+            self._left_out.add(told)
             logging.getLogger(__name__).warning("a searcher is left out: %s", problem)
 
     def kill(self, actor: Any) -> None:
         """End an actor and its worker, whatever it is doing, or give up its place in the queue."""
-        with suppress(Exception):  # it is gone, or the connection is
-            self.ray.kill(actor)
+        if not self._is_gone:
+            with suppress(Exception):  # it is gone, or the connection is
+                self.ray.kill(actor)
 
     def close(self) -> None:
-        """End the searchers that wait, and the connection if it is ours."""
-        for *_, actor in self._spares:
+        """End the searchers that wait, and the connection if it is ours: what is gone is not waited for."""
+        ending = threading.Thread(target=self._let_go, daemon=True)
+        ending.start()
+        while ending.is_alive() and not self._is_gone:
+            ending.join(POLL_S)
+            with suppress(EngineError):
+                self.look()
+        ending.join(ANSWER_S)
+
+    def _let_go(self) -> None:
+        for _, _, actor, _ in self._spares:
             self.kill(actor)
         self._spares.clear()
         if self.is_ours:
@@ -151,48 +215,35 @@ def disconnect() -> None:
 
 def _imported() -> Any:
     try:
-        with _quiet():
+        with quiet():
             import ray
     except ImportError as error:
         raise EngineError("--engine ray: Ray is not installed; pip install 'nsa-verify[ray]'") from error
     return ray
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray warns of what is to change in it, says what it counts, and takes SIGTERM for itself."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    is_main = threading.current_thread() is threading.main_thread()
-    handlers = {it: signal.getsignal(it) for it in (signal.SIGTERM, signal.SIGINT) if is_main}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def _connect(ray: Any, given: str) -> None:
     address = given or os.environ.get(ADDRESS) or "auto"
     named = f"--ray-address {given}" if given else f"{ADDRESS}={address}" if address != "auto" else "--engine ray"
-    if address not in ("auto", "local"):
-        _ask_for_answer(address, named)
+    wants_token = address not in ("auto", "local") and ask_for_answer(address, named)
     options = {"include_dashboard": False} if address == "local" else {}
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except ConnectionError as error:
-        sentence = f"{named}: no Ray cluster runs on this machine"
-        if address != "auto":
-            sentence = f"{named}: the Ray cluster there cannot be used from here: {_line(error)}"
-        raise EngineError(
-            f"{sentence}; start one with `ray start --head`, or join one with `ray start --address=HOST:6379`"
-        ) from error
-    except Exception as error:
-        ray.shutdown()
-        remedy = "this machine must be a node of the cluster, with its versions of Ray and Python"
-        raise EngineError(f"{named}: cannot connect to the Ray cluster: {_line(error)}; {remedy}") from error
+    with apart() as said:
+        try:
+            if wants_token:
+                _use_token()
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as error:
+            ray.shutdown()
+            raise refusal(address, named, error, said()) from error
     _hush(ray)
+
+
+def _use_token() -> None:
+    """Use the token that is here, if nobody says whether to: Ray does so for ``auto`` alone."""
+    with suppress(ImportError):
+        from ray._private.authentication import authentication_token_setup as setup
+
+        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _hush(ray: Any) -> None:
@@ -203,63 +254,6 @@ def _hush(ray: Any) -> None:
         own.gcs_error_subscriber.close()
         own.listener_thread.join(ANSWER_S)
         own.threads_stopped.clear()
-
-
-def _ask_for_answer(address: str, named: str) -> None:
-    """Ray itself would try for a long time, and tell of it in many lines."""
-    if "://" in address:
-        raise EngineError(
-            f"{named}: a Ray client cannot be used for this; run it on a node of the cluster, with the HOST:PORT that"
-            " `ray start --head` printed"
-        )
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_S) as there:
-            there.sendall(HTTP2_HELLO)
-            answer = there.recv(9)
-    except (ValueError, OverflowError):
-        raise EngineError(f"{named}: must be HOST:PORT, as in 10.0.0.1:6379, or auto, or local") from None
-    except OSError as error:
-        raise EngineError(
-            f"{named}: nothing answers there ({error.strerror or error}); give the address that `ray start --head`"
-            " printed, or start a cluster with it"
-        ) from error
-    if answer[3:4] != HTTP2_SETTINGS and os.environ.get("RAY_USE_TLS", "0") == "0":
-        raise EngineError(
-            f"{named}: what answers there is no Ray cluster; give the address that `ray start --head` printed"
-        )
-
-
-def _line(error: BaseException) -> str:
-    """What Ray says in many lines, as part of a sentence."""
-    text = " ".join(str(error).split()).rstrip(".;: ")
-    return text if len(text) <= 400 else f"{text[:400]}..."
-
-
-def settled(plan: Plan, wanted: int | None) -> Plan:
-    """``plan`` with the device, the number of workers (None: what the cluster has) and the share of a GPU that each of
-    them has on its cluster.
-
-    More workers than the cluster has room for are asked for all the same: they join when there is room. Raises
-    ``EngineError`` as ``connected`` does, and where the cluster has no GPU, or no CPU at all.
-    """
-    cluster = connected(plan.address)
-    cpus, gpus = int(cluster.total("CPU")), int(cluster.total("GPU"))
-    if plan.device == "cuda" and not gpus:
-        raise EngineError(
-            "--device cuda: no node of the Ray cluster has a GPU; use --device cpu, or start nodes with"
-            " `ray start --num-gpus=N`"
-        )
-    if not cpus:
-        raise EngineError(
-            "--engine ray: no node of the Ray cluster has a CPU to offer; start one with"
-            " `ray start --address=HOST:6379 --num-cpus=N`"
-        )
-    if plan.device == "cpu" or not gpus:
-        return replace(plan, device="cpu", workers=min(wanted or cpus, MOST))
-    workers = min(wanted or min(cpus, gpus * ON_A_GPU), MOST)
-    share = math.floor(10_000 / math.ceil(workers / gpus)) / 10_000
-    return replace(plan, device="cuda", workers=workers, gpu_share=share)
 
 
 def crew_of(plan: Plan) -> BaseCrew:
@@ -292,7 +286,7 @@ class RayCrew(BaseCrew):
         super().__init__(plan.workers)
         self.cluster = connected(plan.address)
         self.plan, self.gpu_share = _theirs(plan), plan.gpu_share
-        self.queue: SimpleQueue[_Piece | None] = SimpleQueue()
+        self.queue: SimpleQueue[_Piece] = SimpleQueue()
         self.is_closing = self.is_killed = False
         self._expected = min(plan.workers, self.cluster.room(plan.gpu_share))
         self._up_at_s = time.monotonic()
@@ -331,7 +325,7 @@ class RayCrew(BaseCrew):
 
     def _look(self) -> None:
         left = [it for it in self.seats if it.problem is None]
-        if not left and self.seats[0].problem is not None:
+        if self.cluster.look(at_once=not left) and not left and self.seats[0].problem is not None:
             raise self.seats[0].problem
         if any(it.said is not None for it in left):
             self._up_at_s = time.monotonic()
@@ -351,22 +345,29 @@ class RayCrew(BaseCrew):
     def _empty(self) -> None:
         """Nobody will do what waits."""
         with suppress(Empty):
-            while (piece := self.queue.get_nowait()) is not None:
+            while True:
+                piece = self.queue.get_nowait()
                 if piece.future.set_running_or_notify_cancel():
                     piece.future.set_exception(BrokenProcessPool("it was not begun"))
+
+    def next(self) -> _Piece | None:
+        """What is to be done next, waiting for it; None when the crew ends."""
+        while not self.is_closing:
+            with suppress(Empty):
+                return self.queue.get(timeout=POLL_S)
+        return None
 
     def _end(self) -> None:
         self.is_closing = True
         self._empty()
-        for _ in self.seats:
-            self.queue.put(None)
-        deadline = time.monotonic() + 2 * GRACE_S
-        for it in self.seats:
-            while it.is_alive() and time.monotonic() < deadline:
-                it.join(POLL_S)
+        self._join(2 * GRACE_S)
         self._kill()
+        self._join(10 * POLL_S)
+
+    def _join(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         for it in self.seats:
-            it.join(10 * POLL_S)
+            it.join(max(0.0, deadline - time.monotonic()))
 
 
 def _theirs(plan: Plan) -> Plan:
@@ -400,18 +401,22 @@ class _Seat(threading.Thread):
     def _sit(self) -> None:
         starts = 0
         while not self._crew.is_closing:
-            actor, is_new = self._cluster.searcher(self._crew.plan.device, self._share)
+            actor, was_up = self._cluster.searcher(self._crew.plan.device, self._share)
             try:
                 self._greet(actor)
                 starts = 0
-                while (piece := self._crew.queue.get()) is not None:
+                while (piece := self._crew.next()) is not None:
                     self._do(actor, piece)
                 self._let_go(actor)
                 return
+            except _Late:
+                self._keep(actor, was_up)
+                return
             except _Lost as lost:
                 self._cluster.kill(actor)
-                starts += is_new and self.said is None
-                self.replaced += not (is_new and self.said is None)
+                has_begun = was_up or self.said is not None
+                starts += not has_begun
+                self.replaced += has_begun and not self._crew.is_closing
                 self.said = None
                 if starts >= STARTS and not self._crew.is_closing:
                     raise EngineError(
@@ -424,13 +429,13 @@ class _Seat(threading.Thread):
             time.sleep(AGAIN_S)
 
     def _greet(self, actor: Any) -> None:
-        up: Up = self._awaited(actor, actor.up.remote())
+        up: Up = self._awaited(actor, actor.up)
         if up.version != __version__:
             raise EngineError(
                 f"--engine ray: {up.host} has nsa-verify {up.version}, and this machine {__version__}; install the same"
                 " on every node"
             )
-        said, error = self._awaited(actor, actor.do.remote(searcher.hello, [self._crew.plan], {}))
+        said, error = self._awaited(actor, actor.do, searcher.hello, [self._crew.plan], {})
         if error is not None:
             raise error
         for it in self._crew.seats:
@@ -445,7 +450,7 @@ class _Seat(threading.Thread):
         if not piece.future.set_running_or_notify_cancel():
             return
         try:
-            value, error = self._awaited(actor, actor.do.remote(piece.work, piece.args, piece.kwargs))
+            value, error = self._awaited(actor, actor.do, piece.work, piece.args, piece.kwargs)
         except _Lost as lost:
             piece.future.set_exception(BrokenProcessPool(str(lost)))
             raise
@@ -456,26 +461,36 @@ class _Seat(threading.Thread):
         else:
             piece.future.set_result(value)
 
-    def _awaited(self, actor: Any, reference: Any) -> Any:
-        """What an actor answers. Raises ``_Lost`` if it died, or is to die."""
+    def _awaited(self, actor: Any, method: Any, *args: Any) -> Any:
+        """What an actor answers. Raises ``_Lost`` if it died or is to die, and ``_Late`` if it is not up at the end."""
         crew, asked = self._crew, False
-        while not self._ray.wait([reference], timeout=POLL_S)[0]:
-            if crew.is_killed or (crew.is_closing and self.said is None):
-                raise _Lost("it was ended")
-            if crew.interrupted and not asked:
-                asked = True
-                actor.stop.options(concurrency_group=CONTROL).remote()
         try:
+            reference = method.remote(*args)
+            while not self._ray.wait([reference], timeout=POLL_S)[0]:
+                if crew.is_killed:
+                    raise _Lost("it was ended")
+                if crew.is_closing and self.said is None:
+                    raise _Late
+                if crew.interrupted and not asked:
+                    asked = True
+                    actor.stop.options(concurrency_group=CONTROL).remote()
             return self._ray.get(reference)
+        except (_Lost, _Late):
+            raise
         except self._ray.exceptions.RayTaskError as error:
-            raise EngineError(f"--engine ray: a searcher failed: {_line(error)}") from error
+            raise EngineError(f"--engine ray: a searcher failed: {line(error)}") from error
         except self._ray.exceptions.RayError as error:
-            raise _Lost(_line(error)) from error
+            raise _Lost(line(error)) from error
+        except Exception as error:
+            raise EngineError(f"--engine ray: Ray itself failed: {line(error)}") from error
 
     def _let_go(self, actor: Any) -> None:
         """End its worker, and keep it for the next crew."""
-        self._awaited(actor, actor.do.remote(searcher.close, [], {}))
+        self._awaited(actor, actor.do, searcher.close, [], {})
+        self._keep(actor, True)
+
+    def _keep(self, actor: Any, is_up: bool) -> None:
         if self._crew.interrupted:
             self._cluster.kill(actor)
         else:
-            self._cluster.keep(self._crew.plan.device, self._share, actor)
+            self._cluster.keep(self._crew.plan.device, self._share, actor, is_up)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Final
+
 from msgspec.structs import replace
 
 from nsa_verify.engine import cluster
@@ -13,6 +16,9 @@ from nsa_verify.shell.options import Unable
 
 MOST_PIECES = 1000
 """A campaign's work has no end; so many workers always have something to do."""
+ON_A_GPU: Final = 8
+"""Searchers on a GPU if nobody says how many there are to be: their workers take 16 GiB of it at most."""
+MOST: Final = 256
 
 
 def placed(plan: Plan, engine: str, address: str, workers: str) -> Plan:
@@ -32,6 +38,32 @@ def placed(plan: Plan, engine: str, address: str, workers: str) -> Plan:
     except ValueError as error:
         raise Unable(f"--workers {workers}: {error}") from error
     try:
-        return cluster.settled(replace(plan, engine=cluster.RAY, address=address), wanted)
+        return settled(replace(plan, engine=cluster.RAY, address=address), wanted)
     except EngineError as error:
         raise Unable(str(error)) from error
+
+
+def settled(plan: Plan, wanted: int | None) -> Plan:
+    """``plan`` with the device, the number of workers (None: what the cluster has) and the share of a GPU that each of
+    them has on its cluster.
+
+    More workers than the cluster has room for are asked for all the same: they join when there is room. Raises
+    ``EngineError`` as ``cluster.connected`` does, and where the cluster has no GPU, or no CPU at all.
+    """
+    there = cluster.connected(plan.address)
+    cpus, gpus = int(there.total("CPU")), int(there.total("GPU"))
+    if plan.device == "cuda" and not gpus:
+        raise EngineError(
+            "--device cuda: no node of the Ray cluster has a GPU; use --device cpu, or start nodes with"
+            " `ray start --num-gpus=N`"
+        )
+    if not cpus:
+        raise EngineError(
+            "--engine ray: no node of the Ray cluster has a CPU to offer; start one with"
+            " `ray start --address=HOST:6379 --num-cpus=N`"
+        )
+    if plan.device == "cpu" or not gpus:
+        return replace(plan, device="cpu", workers=min(wanted or cpus, MOST))
+    workers = min(wanted or min(cpus, gpus * ON_A_GPU), MOST)
+    share = math.floor(10_000 / math.ceil(workers / gpus)) / 10_000
+    return replace(plan, device="cuda", workers=workers, gpu_share=share)

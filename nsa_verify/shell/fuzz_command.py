@@ -102,13 +102,13 @@ def fuzz(
         deadline_s=opt.seconds("--deadline", deadline),
         memory_bytes=opt.size("--max-memory", max_memory),
     )
-    plan = placed(plan, engine, ray_address, workers)
     slice_s, accepted = opt.seconds("--slice", slice_time), _baseline(baseline)
-    opened = open_reports(reports, plan, command_line())
-    reporter = opened.beside(GuardedReporter(FuzzReporter(console(no_color), plan)))
+    reporter = opened = open_reports(reports, plan, command_line())
     code, problem = ExitCode.UNABLE, ""
     try:
         check_writable(Path(corpus))
+        plan = placed(plan, engine, ray_address, workers)
+        reporter = opened.beside(GuardedReporter(FuzzReporter(console(no_color), plan)))
         ask = Ask(
             kind=kind,
             plan=opened.needs(plan),
@@ -126,6 +126,7 @@ def fuzz(
         problem = str(error)
     finally:
         reporter.close(code, problem)
+        cluster.disconnect()
     if problem:
         click.echo(problem if code is ExitCode.INTERRUPTED else f"Error: {problem}", err=True)
     raise SystemExit(code)
@@ -199,5 +200,3 @@ def _events(ask: Ask) -> Iterator[Event]:
         yield from campaign(ask)
     except DeviceError as error:
         raise Unable(str(error)) from error
-    finally:
-        cluster.disconnect()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from socket import create_server, socket
 from threading import Thread
@@ -27,6 +28,7 @@ from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.process import EngineError
 from nsa_verify.engine.search import search
 from nsa_verify.shell.cli import cli
+from nsa_verify.shell.engines import settled
 
 WRONG = """
 from nsa_verify import implementation
@@ -145,7 +147,11 @@ class Nodes:
         self.second = self.cluster.add_node(**self._size)
 
     def shutdown(self) -> None:
+        left = descendants(self.cluster.head_node.all_processes["raylet"][0].process.pid)
         self.cluster.shutdown()
+        for pid in left:  # Ray's agents outlive a head that was killed
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def kill(self) -> None:
         self.cluster.remove_node(self.second, allow_graceful=False)
@@ -167,10 +173,10 @@ def test_a_cluster_does_what_this_machine_does(
     nodes: Nodes, plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One test, so that one cluster is started: pytest-xdist gives each test to any of its processes."""
-    there = cluster.settled(replace(plan, engine=cluster.RAY, address=nodes.address), None)
+    there = settled(replace(plan, engine=cluster.RAY, address=nodes.address), None)
     assert (there.workers, there.device, there.gpu_share) == (2, "cpu", 0.0)
     with pytest.raises(EngineError, match=r"--device cuda: no node of the Ray cluster has a GPU; use --device cpu"):
-        cluster.settled(replace(there, device="cuda"), None)
+        settled(replace(there, device="cuda"), None)
     _same_as_here(nodes, plan, there)
     _searchers_that_are_killed(there, tmp_path, caplog)
     _work_that_kills(there, tmp_path)
@@ -179,6 +185,8 @@ def test_a_cluster_does_what_this_machine_does(
     _other_environments(there)
     cluster.disconnect()
     _driver_that_is_killed(nodes, tmp_path)
+    _campaign_whose_node_is_killed(nodes, plan, tmp_path)
+    _campaign_whose_head_is_killed(nodes, plan, tmp_path)
 
 
 def _same_as_here(nodes: Nodes, plan: Plan, there: Plan) -> None:
@@ -287,8 +295,70 @@ def _driver_that_is_killed(nodes: Nodes, tmp_path: Path) -> None:
     wait_until(lambda: not any(map(runs, pids)))
 
 
+class Campaign:
+    """``nsa-verify fuzz`` as a process of its own."""
+
+    def __init__(self, plan: Plan, root: Path, *arguments: str) -> None:
+        self.root, self.report = root, root.with_suffix(".json")
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "nsa_verify.shell",
+            "fuzz",
+            "--impl",
+            plan.references[0],
+            "--only",
+            "wrong",
+        ]
+        command += ["--device", "cpu", "--executor", "eager", "--seed", "7", "--corpus", str(root)]
+        command += ["--report", f"json={self.report}", *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def until(self, start: str) -> None:
+        assert self.process.stdout is not None
+        assert any(it.startswith(start) for it in self.process.stdout)
+
+    def ended(self) -> tuple[int, str]:
+        """Exit code and standard error."""
+        problem = self.process.communicate(timeout=SOON_S)[1]
+        return self.process.returncode, problem
+
+    def groups(self) -> set[str]:
+        """By the names of their files, less that of the case."""
+        return {it.stem.rpartition("-")[0] for it in (self.root / "crashing").rglob("*.json")}
+
+
+def _campaign_whose_node_is_killed(nodes: Nodes, plan: Plan, tmp_path: Path) -> None:
+    there = Campaign(plan, tmp_path / "there", "--max-time", "12s", "--engine", "ray", "--ray-address", nodes.address)
+    here = Campaign(plan, tmp_path / "here", "--max-time", "6s", "-w", "1")
+    there.until("search 1")
+    began = time.monotonic()
+    time.sleep(4)
+    nodes.kill()
+    assert here.ended() == (1, "")
+    assert there.ended() == (1, "")
+    assert time.monotonic() - began > 11
+    assert there.groups() == here.groups() == {"nv104-wrong"}
+    assert there.report.stat().st_size
+
+
+def _campaign_whose_head_is_killed(nodes: Nodes, plan: Plan, tmp_path: Path) -> None:
+    campaign = Campaign(
+        plan, tmp_path / "lost", "--max-time", "10m", "-w", "1", "--engine", "ray", "--ray-address", nodes.address
+    )
+    campaign.until("search 1")
+    time.sleep(2)
+    nodes.cluster.head_node.all_processes["gcs_server"][0].process.kill()
+    code, problem = campaign.ended()
+    assert code == 2
+    assert problem.count("\n") == 1
+    assert "is gone; what was found is kept" in problem
+    assert campaign.report.stat().st_size
+
+
 @pytest.mark.parametrize(
-    ("workers", "resources", "settled"),
+    ("workers", "resources", "expected"),
     [
         (None, {"CPU": 12.0}, (12, "cpu", 0.0)),
         (40, {"CPU": 12.0}, (40, "cpu", 0.0)),
@@ -300,11 +370,11 @@ def _driver_that_is_killed(nodes: Nodes, tmp_path: Path) -> None:
     ],
 )
 def test_workers_share_what_the_cluster_has(
-    workers: int | None, resources: dict[str, float], settled: object, monkeypatch: pytest.MonkeyPatch
+    workers: int | None, resources: dict[str, float], expected: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "connected", lambda _: _Counted(resources))
-    plan = cluster.settled(Plan(engine="ray"), workers)
-    assert (plan.workers, plan.device, plan.gpu_share) == settled
+    plan = settled(Plan(engine="ray"), workers)
+    assert (plan.workers, plan.device, plan.gpu_share) == expected
 
 
 class _Counted:
