@@ -56,7 +56,7 @@ SLICE_S = 4 if NO_GPU else 12
 HERE = ("--seed", "3", "--executor", "eager", "-w", "1", "--no-isolation")
 QUICK = (*HERE, "--max-time", f"{2 * SLICE_S}s", "--slice", f"{SLICE_S}s")
 UNTIL_FOUND = (*HERE, "--mode", "change", "--max-time", "2m", "--slice", "1m")
-SHORT = (*HERE, "--max-time", f"{SLICE_S}s")
+SHORT = (*HERE, "--max-time", f"{SLICE_S + 1}s")
 
 
 @pytest.fixture(autouse=True)

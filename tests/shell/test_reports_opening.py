@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,7 @@ def test_files_stay_as_they_were_if_another_cannot_be_written(folder: Path) -> N
 
 
 def test_jinja_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str, *_: object) -> object:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr(opening, "import_module", missing)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
     done = invoke("run", "--only", "vectorized", "-n", 2, "-w", 1, "--report", "html")
     assert refused(done) == "--report html: needs jinja2, which is missing; pip install 'nsa-verify[report]'"
     assert list(folder.iterdir()) == []
