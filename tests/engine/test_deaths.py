@@ -57,7 +57,7 @@ SAID = {
     "exits": r"its process ended itself with exit code 3",
     "aborts": r"its process was killed by SIGABRT \(deadly.py:\d+ in aborts\)",
     "hangs": r"no sign of life for \d\.\d s \(deadly.py:\d+ in hangs\)",
-    "eats": rf"it took more than {MEMORY} MiB of memory and was ended \(deadly.py:\d+ in (eats|_is_bad)\)",
+    "eats": rf"it took more than {MEMORY} MiB of memory and was ended \(deadly.py:\d+ in eats\)",
     "raises": r"ValueError: from C \(deadly.py:\d+ in raises\)",
 }
 
