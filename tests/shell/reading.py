@@ -100,3 +100,8 @@ class Page(HTMLParser):
     def text(self) -> str:
         """All of it, with spaces for whatever lies between."""
         return re.sub(r"\s+", " ", " ".join(self.texts))
+
+
+def untimed(text: str) -> str:
+    """Without times, and the lines of progress that only long runs have."""
+    return re.sub(r"in \d+\.\d s \(.*? to start\)|^\d+ cases\n", "", text, flags=re.MULTILINE)

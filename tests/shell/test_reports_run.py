@@ -47,14 +47,9 @@ def _told(tmp_path_factory: pytest.TempPathFactory) -> Written:
         return Written(folder, invoke(*FOUND, *(it for kind in KINDS for it in ("--report", kind))), plain)
 
 
-def _without_times(text: str) -> str:
-    """Without times, and the lines of progress that only long runs have."""
-    return re.sub(r"in \d+\.\d s \(.*? to start\)|^\d+ cases\n", "", text, flags=re.MULTILINE)
-
-
 def test_nothing_else_changes(told: Written) -> None:
     assert (told.done.exit_code, told.done.stderr) == (told.plain.exit_code, told.plain.stderr) == (1, "")
-    assert _without_times(told.done.stdout) == _without_times(told.plain.stdout)
+    assert reading.untimed(told.done.stdout) == reading.untimed(told.plain.stdout)
 
 
 def test_junit_has_a_test_for_each_implementation_executor_and_mode(told: Written) -> None:
