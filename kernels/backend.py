@@ -8,12 +8,14 @@ metadata is computed first and copied later. ``nsa_verify.kernels.backend_rows``
 What a model runner would give comes otherwise:
 
 - the constructor's ``Setup`` says N, K, p, W, row strides and which optional outputs are kept
-- ``req_to_token`` ``[pool_rows, pool_width]`` int32 is an argument of the constructor, or the attribute set later
+- ``req_to_token`` ``[pool_rows, pool_width]`` int32, W columns at least, is an argument of the constructor, or the
+  attribute set later
 - ``bs`` is the bucket, as an engine's graph runner passes it: the inputs hold at least that many elements, those of the
   padded rows filled as the contract's section 4 says
 - the environment variable ``SGLANG_NSA_USE_TRITON_METADATA`` is read by the constructor: 1, or unset, is the Triton
-  path and 0 the Python path. Where Triton cannot be imported, the Python path is taken instead, and each time that is
-  reported with ``nsa_verify.fallback``
+  path and 0 the Python path. Where Triton cannot be imported, or not run on the device, the Python path is taken
+  instead, and each time that is reported with ``nsa_verify.fallback``
+- launches go to the backend's own device, whichever is current
 """
 
 from __future__ import annotations
@@ -24,20 +26,34 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_verify.core.buffers import FROZEN, TABLES, alias_of, shapes
+from nsa_verify.core.buffers import FROZEN, TABLES, Shape, alias_of, shapes
 from nsa_verify.core.case import Mode, Setup
-from nsa_verify.core.implementation import MetadataBuffers, ReplayInputs
+from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, MetadataBuffers, ReplayInputs
 from nsa_verify.kernels import precomputed_copy, python_loop
-from nsa_verify.kernels.backend_arguments import ForwardBatch, SpecInfo, check_lengths, mode_of, path_for
+from nsa_verify.kernels.backend_arguments import (
+    ForwardBatch,
+    SpecInfo,
+    check_lengths,
+    check_req_to_token,
+    mode_of,
+    on_device,
+    path_for,
+    with_index,
+)
 from nsa_verify.kernels.precomputed_copy import PrecomputedMetadata
 
 _DRAFT_EXTEND: Final = (Mode.DRAFT_EXTEND, Mode.DRAFT_EXTEND_V2)
+_HOST: Final = torch.device("cpu")
 
 
 def _refresh_onepass(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup) -> None:
     from nsa_verify.kernels import onepass  # needs Triton
 
     onepass.refresh(inputs, steps, setup)
+
+
+def _sizes(name: str, shape: Shape) -> tuple[int, ...]:
+    return tuple(shape) if name in TABLES or name in OPTIONAL_OUTPUTS else (shape.columns,)
 
 
 class _Backing(NamedTuple):
@@ -69,13 +85,28 @@ class NativeSparseAttnBackend:
         req_to_token: Tensor | None = None,
         step: int = 0,
     ) -> None:
-        self.device, self.setup, self.step = torch.device(device), setup, step
+        self.device, self.setup, self.step = with_index(device), setup, step
         self.req_to_token = req_to_token
-        self.path = path_for(use_triton_metadata)
+        self.path = path_for(self.device, use_triton_metadata)
         self.forward_metadata: MetadataBuffers | None = None
         self.decode_cuda_graph_metadata: dict[int, MetadataBuffers] = {}
         self.captured: dict[tuple[Mode, int], MetadataBuffers] = {}
         self._backing: _Backing | None = None
+
+    @property
+    def req_to_token(self) -> Tensor | None:
+        """The table that replays read, int32 ``[pool_rows, >=W]``; None: not set yet."""
+        return self._req_to_token
+
+    @req_to_token.setter
+    def req_to_token(self, table: Tensor | None) -> None:
+        """Set it; one that is narrower, strided along a row, of another dtype or device is refused with ``ValueError``.
+
+        What was set before stays then.
+        """
+        if table is not None:
+            check_req_to_token(table, self.setup.table_width, self.device)
+        self._req_to_token = table
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Allocate what all buckets share: tables of ``max_num_tokens`` rows, for batches of up to ``max_bs``.
@@ -106,13 +137,35 @@ class NativeSparseAttnBackend:
         """Take given memory for the frozen buffers of ``(mode, bucket)``, as if they had been captured here.
 
         Nothing is written. They must hold what a capture leaves: 0 at the start of the prefix sums, the frozen aranges.
-        Raises ``ValueError`` if they are not as long as the bucket and its rows.
+        Raises ``ValueError`` for a buffer that is not int32 of the setup's shape on the backend's device, with
+        neighbouring columns, or not the memory that it has to share; an optional one may be left out.
         """
-        rows = self.setup.captured_rows(mode, bucket)
-        found = buffers.cache_seqlens.shape[0], buffers.nsa_cache_seqlens.shape[0]
-        if found != (bucket, rows):
-            raise ValueError(f"buffers of {found[0]} requests and {found[1]} rows; {mode} of {bucket} has {rows} rows")
+        self._check_adopted(mode, bucket, buffers)
         self.captured[mode, bucket] = buffers
+
+    def _check_adopted(self, mode: Mode, bucket: int, buffers: MetadataBuffers) -> None:
+        kept = shapes(self.setup, mode, bucket)
+        for name in sorted(OPTIONAL_OUTPUTS - kept.keys()):
+            if getattr(buffers, name) is not None:
+                raise ValueError(f"{name} of step {self.step} is given, must be None: the setup keeps none")
+        for name, shape in kept.items():
+            tensor: Tensor | None = getattr(buffers, name)
+            if tensor is None and name in OPTIONAL_OUTPUTS:
+                continue
+            wanted = _sizes(name, shape)
+            if tensor is None or tensor.dtype is not torch.int32 or tensor.shape != wanted:
+                found = "None" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                needs = f"{mode} of {bucket} needs torch.int32 {list(wanted)}"
+                raise ValueError(f"{name} of step {self.step} is {found}, where {needs}")
+            if tensor.device != self.device:
+                raise ValueError(f"{name} of step {self.step} is on {tensor.device}, must be on {self.device}")
+            row_stride = tensor.stride(0) if shape.rows > 1 else shape.columns
+            if row_stride < shape.columns or (shape.columns > 1 and tensor.stride(-1) != 1):
+                needs = f"must have a column stride of 1 and a row stride of at least {shape.columns}"
+                raise ValueError(f"{name} of step {self.step} has strides {list(tensor.stride())}, {needs}")
+            alias = alias_of(self.setup, mode, name)
+            if alias is not None and tensor.data_ptr() != getattr(buffers, alias).data_ptr():
+                raise ValueError(f"{name} of step {self.step} must be the memory of {alias} in {mode}")
 
     def init_forward_metadata_capture_cuda_graph(
         self,
@@ -127,14 +180,14 @@ class NativeSparseAttnBackend:
         """Make the buffers of the bucket ``bs`` unless they are there, and fill them for a batch of padding.
 
         Every length is the setup's ``fill_seq_len``, every table zero: what the inputs hold is not looked at, so that
-        nothing of it can be frozen. Raises ``ValueError`` for inputs that are too short, for a ``num_tokens`` that is
-        not the setup's, and for more rows than ``init_cuda_graph_state`` made.
+        nothing of it can be frozen. Raises ``ValueError`` for inputs that are too short or on another device, for a
+        ``num_tokens`` that is not the setup's, and for more rows than ``init_cuda_graph_state`` made.
         """
         mode, setup = mode_of(forward_mode), self.setup
         rows = setup.captured_rows(mode, bs)
         if num_tokens != rows:
             raise ValueError(f"num_tokens = {num_tokens}: {mode} of bs = {bs} has {rows}")
-        check_lengths(bs, req_pool_indices=req_pool_indices, seq_lens=seq_lens)
+        check_lengths(bs, self.device, req_pool_indices=req_pool_indices, seq_lens=seq_lens)
         buffers = self.captured.get((mode, bs)) or self._make(mode, bs)
         self.captured[mode, bs] = buffers
         buffers.page_table_1.zero_()
@@ -165,7 +218,7 @@ class NativeSparseAttnBackend:
         """Refresh the buffers of the bucket ``bs`` in place, by the path that the constructor settled.
 
         On the Triton path nothing is read on the host and nothing allocated. Raises ``ValueError`` for a bucket that
-        was not captured in this mode, and for inputs that are too short; nothing is written then.
+        was not captured in this mode, and for inputs that are too short or elsewhere; nothing is written then.
         """
         mode = mode_of(forward_mode)
         buffers = self._frozen(mode, bs)
@@ -188,14 +241,16 @@ class NativeSparseAttnBackend:
         """
         mode = mode_of(forward_mode)
         inputs = self._inputs(bs, req_pool_indices, seq_lens, seq_lens_cpu, mode, spec_info)
-        return precomputed_copy.precompute(inputs, self.setup)
+        with on_device(self.device):
+            return precomputed_copy.precompute(inputs, self.setup)
 
     def init_forward_metadata_replay_cuda_graph_from_precomputed(
         self, bs: int, precomputed: PrecomputedMetadata, forward_mode: Any
     ) -> None:
         """Copy ``precomputed`` into the buffers of the bucket ``bs``, and what derives from it: lengths, schedule.
 
-        Raises ``ValueError`` for a bucket that was not captured in this mode, and for the metadata of another one.
+        Raises ``ValueError`` for a bucket that was not captured in this mode, and for the metadata of another batch,
+        mode or width; nothing is written then.
         """
         _copy_everywhere([self], bs, precomputed, mode_of(forward_mode))
 
@@ -208,19 +263,20 @@ class NativeSparseAttnBackend:
         mode: Mode,
         spec_info: SpecInfo | None,
     ) -> ReplayInputs:
-        if self.req_to_token is None:
+        table = self._req_to_token
+        if table is None:
             raise ValueError("req_to_token is not set: give it to the constructor, or set the attribute")
-        check_lengths(bs, req_pool_indices=req_pool_indices, seq_lens=seq_lens)
+        check_lengths(bs, self.device, req_pool_indices=req_pool_indices, seq_lens=seq_lens)
         if seq_lens_cpu is not None:
-            check_lengths(bs, seq_lens_cpu=seq_lens_cpu)
+            check_lengths(bs, _HOST, seq_lens_cpu=seq_lens_cpu)
         # The other modes read no accept lengths, but every launch has an argument for them.
         accept_lens = self._accept_lens(bs, spec_info) if mode in _DRAFT_EXTEND else seq_lens
-        return ReplayInputs(mode, bs, seq_lens, seq_lens_cpu, req_pool_indices, self.req_to_token, accept_lens)
+        return ReplayInputs(mode, bs, seq_lens, seq_lens_cpu, req_pool_indices, table, accept_lens)
 
     def _accept_lens(self, bs: int, spec_info: SpecInfo | None) -> Tensor:
         given = None if spec_info is None else spec_info.accept_length
         if given is not None:
-            check_lengths(bs, accept_length=given)
+            check_lengths(bs, self.device, accept_length=given)
             return given
         if self._backing is None:
             raise ValueError("accept_length is None: all N tokens are known after init_cuda_graph_state only")
@@ -228,7 +284,8 @@ class NativeSparseAttnBackend:
 
     def _refresh(self, inputs: ReplayInputs, buffers: MetadataBuffers) -> None:
         refresh = _refresh_onepass if self.path.take() else python_loop.refresh
-        refresh(inputs, [buffers], self.setup)
+        with on_device(self.device):
+            refresh(inputs, [buffers], self.setup)
 
     def _frozen(self, mode: Mode, bs: int) -> MetadataBuffers:
         found = self.captured.get((mode, bs))
@@ -258,7 +315,7 @@ class NativeSparseAttnBackend:
             elif name in FROZEN:
                 made[name] = torch.arange(shape.columns, dtype=torch.int32, device=self.device)
             else:
-                made[name] = self._zeros(*shape) if name.startswith("paged_mqa_") else self._zeros(shape.columns)
+                made[name] = self._zeros(*_sizes(name, shape))
         if setup.page_size == 1:
             made["real_page_table"] = made["page_table_1"]
         return MetadataBuffers(**made)
@@ -282,11 +339,11 @@ class NativeSparseAttnMultiStepBackend:
         *,
         req_to_token: Tensor | None = None,
     ) -> None:
-        self.setup = setup
-        self.path = path_for(use_triton_metadata)
+        self.device, self.setup = with_index(device), setup
+        self.path = path_for(self.device, use_triton_metadata)
         self.speculative_num_steps = setup.num_steps
         self.attn_backends = [
-            NativeSparseAttnBackend(device, setup, use_triton_metadata, req_to_token=req_to_token, step=step)
+            NativeSparseAttnBackend(self.device, setup, use_triton_metadata, req_to_token=req_to_token, step=step)
             for step in range(setup.num_steps)
         ]
 
@@ -296,8 +353,8 @@ class NativeSparseAttnMultiStepBackend:
         return self.attn_backends[0].req_to_token
 
     @req_to_token.setter
-    def req_to_token(self, table: Tensor) -> None:
-        """Set it for every step."""
+    def req_to_token(self, table: Tensor | None) -> None:
+        """Set it for every step; refused for all of them as a backend alone refuses it."""
         for backend in self.attn_backends:
             backend.req_to_token = table
 
@@ -307,9 +364,17 @@ class NativeSparseAttnMultiStepBackend:
             backend.init_cuda_graph_state(max_bs, max_num_tokens)
 
     def adopt(self, mode: Mode, bucket: int, steps: Sequence[MetadataBuffers]) -> None:
-        """Take given memory for the frozen buffers of ``(mode, bucket)``, one set per step."""
-        for backend, buffers in zip(self.attn_backends, steps, strict=True):
-            backend.adopt(mode, bucket, buffers)
+        """Take given memory for the frozen buffers of ``(mode, bucket)``, one set per step.
+
+        Raises ``ValueError`` for another number of sets, and where a step's own ``adopt`` does; no step adopts then.
+        """
+        if len(steps) != len(self.attn_backends):
+            raise ValueError(f"buffers of {len(steps)} steps; the setup has {len(self.attn_backends)}")
+        both = list(zip(self.attn_backends, steps, strict=True))
+        for backend, buffers in both:
+            backend._check_adopted(mode, bucket, buffers)
+        for backend, buffers in both:
+            backend.captured[mode, bucket] = buffers
 
     def init_forward_metadata_capture_cuda_graph(self, forward_batch: ForwardBatch) -> None:
         """Make and fill every step's buffers of the bucket ``forward_batch.batch_size``."""
@@ -332,7 +397,9 @@ class NativeSparseAttnMultiStepBackend:
         given = bs, forward_batch.req_pool_indices, forward_batch.seq_lens, forward_batch.seq_lens_cpu
         buffers = [backend._frozen(mode, bs) for backend in self.attn_backends]
         if self.path.take():
-            _refresh_onepass(first._inputs(*given, mode, forward_batch.spec_info), buffers, self.setup)
+            inputs = first._inputs(*given, mode, forward_batch.spec_info)
+            with on_device(self.device):
+                _refresh_onepass(inputs, buffers, self.setup)
             for backend, own in zip(self.attn_backends, buffers, strict=True):
                 backend._prepared(bs, own)
         else:
@@ -346,10 +413,38 @@ def _copy_everywhere(
     """Copy into the frozen buffers of every backend."""
     setup = backends[0].setup
     targets = [backend._frozen(mode, bs) for backend in backends]
+    _check_precomputed(precomputed, setup, mode, bs)
+    with on_device(backends[0].device):
+        precomputed_copy.copy_into_all(targets, precomputed, mode, setup)
+    for backend, target in zip(backends, targets, strict=True):
+        backend._prepared(bs, target)
+
+
+def _check_precomputed(precomputed: PrecomputedMetadata, setup: Setup, mode: Mode, bs: int) -> None:
+    """Refuse what another batch, mode or width was computed for, or what would be copied in part."""
+    if precomputed.mode not in (None, mode):
+        raise ValueError(f"precomputed is the metadata of {precomputed.mode}, not of {mode}")
     batch, rows = precomputed.cache_seqlens.shape[0], precomputed.seqlens_expanded_size
     captured = setup.captured_rows(mode, bs)
     if batch != bs or rows > captured or (mode is not Mode.DRAFT_EXTEND and rows != captured):
         raise ValueError(f"precomputed has {batch} requests and {rows} rows; {mode} of bs = {bs} has {captured} rows")
-    precomputed_copy.copy_into_all(targets, precomputed, mode, setup)
-    for backend, target in zip(backends, targets, strict=True):
-        backend._prepared(bs, target)
+    width, longest = precomputed.max_len, precomputed.max_seqlen_k
+    if not min(longest, setup.table_width) <= width <= setup.table_width:
+        found = f"max_len = {width} where max_seqlen_k = {longest}"
+        raise ValueError(f"precomputed has {found}, must have max_seqlen_k clipped to W = {setup.table_width}")
+    if (precomputed.real_page_table is None) != (setup.page_size == 1):
+        found = "no" if precomputed.real_page_table is None else "a"
+        raise ValueError(f"precomputed has {found} real_page_table, where the page size is {setup.page_size}")
+    wanted: dict[str, tuple[int, ...]] = {
+        "cache_seqlens": (bs,),
+        "cu_seqlens_k": (bs + 1,),
+        "page_indices": (rows, width),
+        "real_page_table": (rows, -(-width // setup.page_size)),
+        "seqlens_expanded": (rows,),
+        "nsa_cache_seqlens": (rows,),
+        "nsa_cu_seqlens_k": (rows + 1,),
+    }
+    for name, sizes in wanted.items():
+        tensor: Tensor | None = getattr(precomputed, name)
+        if tensor is not None and tensor.shape != sizes:
+            raise ValueError(f"precomputed has {name} {list(tensor.shape)}, must have {list(sizes)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,10 +17,13 @@ from torch import Tensor
 from nsa_verify.core.case import Mode, Setup
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, MetadataBuffers, ReplayInputs, implementation
 from nsa_verify.kernels.backend import NativeSparseAttnBackend, NativeSparseAttnMultiStepBackend
-from nsa_verify.kernels.backend_arguments import ForwardMode
+from nsa_verify.kernels.backend_arguments import ForwardMode, MetadataPath
 from nsa_verify.kernels.onepass import fill_draft_extend_metadata_onepass
 from nsa_verify.kernels.onepass import refresh as refresh_onepass
 from nsa_verify.kernels.triton_inplace import fill_draft_extend_metadata_inplace
+
+WITHOUT_TRITON: Final = MetadataPath(False, "Triton is taken for missing: the metadata takes the Python path")
+"""What ``path_for`` returns where Triton was asked for and cannot be had, the warning left out."""
 
 
 @dataclass(slots=True)
@@ -56,19 +60,27 @@ def refresh_python(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup
 @implementation("engine-multistep", extent=Extent.LIVE, capturable=True, optional_outputs=OPTIONAL_OUTPUTS)
 def refresh_multistep(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup) -> None:
     """The multi-step backend fans out, on the Triton path."""
-    backend = NativeSparseAttnMultiStepBackend(
-        inputs.seq_lens.device, setup, use_triton_metadata=True, req_to_token=inputs.req_to_token
-    )
-    backend.adopt(inputs.mode, inputs.batch_size, steps)
-    batch = ForwardBatch(
-        forward_mode=ForwardMode(inputs.mode),
-        batch_size=inputs.batch_size,
-        req_pool_indices=inputs.req_pool_indices,
-        seq_lens=inputs.seq_lens,
-        seq_lens_cpu=inputs.seq_lens_cpu,
-        spec_info=SpecInfo(inputs.accept_lens),
-    )
-    backend.init_forward_metadata_replay_cuda_graph(batch, inputs.batch_size)
+    _fan_out(inputs, steps, setup, use_triton_metadata=True)
+
+
+@implementation(
+    "engine-multistep-python",
+    extent=Extent.FULL,
+    capturable={Mode.DECODE, Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND_V2},
+    optional_outputs=OPTIONAL_OUTPUTS,
+)
+def refresh_multistep_python(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup) -> None:
+    """The same on the Python path: computed once, copied everywhere, under capture to the tables' full width."""
+    _fan_out(inputs, steps, setup, use_triton_metadata=False)
+
+
+@implementation("engine-fallback", extent=Extent.MAX, capturable=False, optional_outputs=OPTIONAL_OUTPUTS)
+def refresh_fallback(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup) -> None:
+    """``engine-python`` as it is where the Triton path was asked for and cannot be had; each time that is reported."""
+    for step in steps:
+        backend = _adopting(inputs, step, setup, use_triton_metadata=False)
+        backend.path = WITHOUT_TRITON
+        _replay(backend, inputs)
 
 
 @implementation(
@@ -123,16 +135,36 @@ def _replay_each(
     inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup, use_triton_metadata: bool
 ) -> None:
     for step in steps:
-        _adopting(inputs, step, setup, use_triton_metadata).init_forward_metadata_replay_cuda_graph(
-            bs=inputs.batch_size,
-            req_pool_indices=inputs.req_pool_indices,
-            seq_lens=inputs.seq_lens,
-            seq_lens_sum=None,
-            encoder_lens=None,
-            forward_mode=ForwardMode(inputs.mode),
-            spec_info=SpecInfo(inputs.accept_lens),
-            seq_lens_cpu=inputs.seq_lens_cpu,
-        )
+        _replay(_adopting(inputs, step, setup, use_triton_metadata), inputs)
+
+
+def _replay(backend: NativeSparseAttnBackend, inputs: ReplayInputs) -> None:
+    backend.init_forward_metadata_replay_cuda_graph(
+        bs=inputs.batch_size,
+        req_pool_indices=inputs.req_pool_indices,
+        seq_lens=inputs.seq_lens,
+        seq_lens_sum=None,
+        encoder_lens=None,
+        forward_mode=ForwardMode(inputs.mode),
+        spec_info=SpecInfo(inputs.accept_lens),
+        seq_lens_cpu=inputs.seq_lens_cpu,
+    )
+
+
+def _fan_out(inputs: ReplayInputs, steps: Sequence[MetadataBuffers], setup: Setup, use_triton_metadata: bool) -> None:
+    backend = NativeSparseAttnMultiStepBackend(
+        inputs.seq_lens.device, setup, use_triton_metadata, req_to_token=inputs.req_to_token
+    )
+    backend.adopt(inputs.mode, inputs.batch_size, steps)
+    batch = ForwardBatch(
+        forward_mode=ForwardMode(inputs.mode),
+        batch_size=inputs.batch_size,
+        req_pool_indices=inputs.req_pool_indices,
+        seq_lens=inputs.seq_lens,
+        seq_lens_cpu=inputs.seq_lens_cpu,
+        spec_info=SpecInfo(inputs.accept_lens),
+    )
+    backend.init_forward_metadata_replay_cuda_graph(batch, inputs.batch_size)
 
 
 def _adopting(

@@ -30,7 +30,8 @@ class PrecomputedMetadata:
     ``cache_seqlens`` ``[B]``; ``cu_seqlens_k`` ``[B+1]``; ``page_indices`` ``[R, max_len]``; ``real_page_table``
     ``[R, ceil(max_len/p)]``, or None where p = 1; ``seqlens_expanded`` and ``nsa_cache_seqlens`` ``[R]``;
     ``nsa_cu_seqlens_k`` ``[R+1]``. ``max_seqlen_k`` is the longest KV length, or under capture the longest that a row
-    of ``req_to_token`` holds; ``max_len`` is the same clipped to W.
+    of ``req_to_token`` holds; ``max_len`` is the same clipped to W. ``mode`` is what it was computed for, or None where
+    whoever made it does not say.
     """
 
     cache_seqlens: Tensor
@@ -43,6 +44,7 @@ class PrecomputedMetadata:
     seqlens_expanded_size: int
     max_len: int
     max_seqlen_k: int
+    mode: Mode | None = None
 
 
 @implementation(
@@ -105,6 +107,7 @@ def precompute(inputs: ReplayInputs, setup: Setup) -> PrecomputedMetadata:
         seqlens_expanded_size=expanded.shape[0],
         max_len=max_len,
         max_seqlen_k=max_seqlen_k,
+        mode=mode,
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nsa_verify.core.case import CtxLens, Mode, Setup
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, MetadataBuffers, ReplayInputs, implementation
+from nsa_verify.kernels.backend_arguments import check_expansion, on_device
 
 _ROWS = 128
 """Output rows per program, a lane each."""
@@ -101,12 +102,16 @@ def fill_draft_extend_metadata_fused_simple(
 
     ``extend_seq_lens`` and ``seq_lens`` are ``[B]``, int32 or int64, of any element stride; R is the sum of the former.
     Row ``off[b] + j`` is ``max(0, s[b] - a[b] + j + 1)``, and its minimum with ``nsa_index_topk``. Waits for the
-    device once, to learn R.
+    device once, to learn R. Raises ``ValueError`` for inputs of other shapes or dtypes, and where the two differ in
+    length or device.
     """
+    check_expansion(extend_seq_lens, seq_lens)
     rows = int(extend_seq_lens.sum().item())
     expanded = torch.empty(rows, dtype=torch.int32, device=seq_lens.device)
     clamped = torch.empty_like(expanded)
-    if rows:
+    if rows == 0:
+        return expanded, clamped
+    with on_device(seq_lens.device):
         _expand_ragged[(triton.cdiv(rows, _ROWS),)](
             extend_seq_lens,
             extend_seq_lens.stride(0),

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nsa_verify.core.case import CtxLens, Mode, Setup
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, MetadataBuffers, ReplayInputs, implementation
+from nsa_verify.kernels.backend_arguments import check_expansion, on_device
 
 _COLUMNS = 128
 """Columns of ``page_table_1`` that a tile takes, and to which the written part of a row is therefore rounded up."""
@@ -243,22 +244,25 @@ def fill_draft_extend_metadata_inplace(
 
     ``extend_seq_lens`` and ``seq_lens`` are ``[B]``, int32 or int64, of any element stride. Rows ``off[b] + j`` of the
     outputs get ``max(0, s[b] - a[b] + j + 1)`` and its minimum with ``nsa_index_topk``; rows past R are not touched.
-    Raises ``ValueError``, before anything is written, if an output is shorter than R, not int32 or not contiguous.
-    Waits for the device once, to learn R.
+    Raises ``ValueError``, before anything is written, if an output is shorter than R, not int32, not 1-D or not
+    contiguous, if the two share memory, and for inputs of other shapes or dtypes; all are of one device, the inputs of
+    one length. Waits for the device once, to learn R.
     """
+    outputs = {"out_seqlens_expanded": out_seqlens_expanded, "out_nsa_cache_seqlens": out_nsa_cache_seqlens}
+    check_expansion(extend_seq_lens, seq_lens, **outputs)
     batch_size = extend_seq_lens.shape[0]
     if batch_size == 0:
         return 0
     total_tokens, longest = torch.stack((extend_seq_lens.sum(), extend_seq_lens.max())).tolist()
-    for name, out in (("out_seqlens_expanded", out_seqlens_expanded), ("out_nsa_cache_seqlens", out_nsa_cache_seqlens)):
-        if out.dtype != torch.int32 or out.dim() != 1 or out.stride(0) != 1:
-            raise ValueError(f"{name} is {out.dtype} of shape {list(out.shape)}, not contiguous, 1-D and int32")
+    for name, out in outputs.items():
         if out.shape[0] < total_tokens:
             needed = f"the batch expands to {total_tokens}; nothing was written"
             raise ValueError(f"{name} holds {out.shape[0]} rows, {needed}")
-    if total_tokens:
-        bound = triton.next_power_of_2(longest)
-        lanes = max(_LANES, bound)
+    if total_tokens == 0:
+        return 0
+    bound = triton.next_power_of_2(longest)
+    lanes = max(_LANES, bound)
+    with on_device(seq_lens.device):
         _fill_metadata[(triton.cdiv(batch_size * bound, lanes), 1)](
             seq_lens,
             seq_lens.stride(0),

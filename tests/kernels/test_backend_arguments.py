@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from nsa_verify import Mode, Setup, kernels
 from nsa_verify.core.implementation import fallback, fallbacks, take_fallbacks
@@ -77,7 +78,7 @@ def test_every_forward_mode_has_its_mode() -> None:
 
 @pytest.mark.parametrize("unknown", [EngineMode.EXTEND, "decode", None, 7])
 def test_a_forward_mode_without_metadata_is_refused(unknown: Any) -> None:
-    backend = NativeSparseAttnBackend(DEVICE, SETUP, req_to_token=torch.zeros(1, 24).int())
+    backend = NativeSparseAttnBackend(DEVICE, SETUP, req_to_token=torch.zeros(1, 24, device=DEVICE).int())
     ones = torch.ones(2, dtype=torch.int32)
     for call in (
         lambda: mode_of(unknown),
@@ -91,7 +92,7 @@ def test_a_forward_mode_without_metadata_is_refused(unknown: Any) -> None:
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SWITCH, raising=False)
-    assert path_for().uses_triton
+    assert path_for(torch.device(DEVICE)).uses_triton
     for value, uses_triton in (("1", True), ("0", False)):
         monkeypatch.setenv(SWITCH, value)
         assert NativeSparseAttnBackend(DEVICE, SETUP).path.uses_triton is uses_triton
@@ -170,6 +171,41 @@ def test_each_fallback_is_reported_and_counted(
     assert sum(fallbacks().values()) == before + 2 * SETUP.num_steps + 302
     assert fallbacks()[reason] >= 302
     take_fallbacks()
+
+
+class _Broken:
+    """Finds ``triton``, and cannot load it."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "triton":
+            raise OSError("libcuda.so: wrong ELF class\nand more")
+
+
+def test_triton_that_is_broken_or_has_no_device_is_the_fallback(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "triton")
+        patch.setattr(sys, "meta_path", [_Broken(), *sys.meta_path])
+        broken = path_for(torch.device(DEVICE), "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace())
+    driverless = path_for(torch.device("cuda:0"), "1")
+    monkeypatch.setattr(f"{__name__}.DEVICE", "cpu")
+    backend = _captured("1", Mode.DECODE)
+    backend.init_forward_metadata_replay_cuda_graph(_batch(), 2)
+    assert {it.captured[Mode.DECODE, 2].cu_seqlens_k[2].item() for it in backend.attn_backends} == {13}
+    assert [(it.uses_triton, it.missing) for it in (broken, driverless, backend.path)] == [
+        (False, f"Triton cannot {reason}: the metadata takes the Python path")
+        for reason in (
+            "be imported (libcuda.so: wrong ELF class)",
+            "run on cuda:0 ('types.SimpleNamespace' object has no attribute 'active')",
+            "run on the CPU (its interpreter is off: TRITON_INTERPRET=1 before it is imported)",
+        )
+    ]
+    assert take_fallbacks() == (backend.path.missing,) * (SETUP.num_steps + 1)
+    assert [it.message for it in caplog.records][-SETUP.num_steps :] == [backend.path.missing] * SETUP.num_steps
+    assert path_for(torch.device("cpu"), "0").missing is None
 
 
 def test_reasons_that_are_different_every_time_are_counted_together() -> None:

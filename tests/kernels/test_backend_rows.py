@@ -16,10 +16,19 @@ from nsa_verify.core import implementation as declaring
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, registered
 from nsa_verify.core.registry import load, load_builtin, load_reference
 from nsa_verify.device.rig import close_rigs
+from nsa_verify.engine.events import Tally
 from nsa_verify.kernels import BACKEND_ROWS, BUILTIN_MODULES, backend
+from nsa_verify.shell.render import tally_lines
 from nsa_verify.strategies import cases
 
-NAMES = ("engine-triton", "engine-python", "engine-multistep", "engine-precomputed")
+NAMES = (
+    "engine-triton",
+    "engine-python",
+    "engine-multistep",
+    "engine-multistep-python",
+    "engine-fallback",
+    "engine-precomputed",
+)
 EXPANSIONS = ("engine-expansion", "engine-expansion-inplace")
 GRAPH = "graph" if torch.cuda.is_available() else "simulated-graph"
 UNIFORM = {Mode.DECODE, Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND_V2}
@@ -87,14 +96,14 @@ def test_drawn_cases(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_drawn_cases_captured(name: str) -> None:
     captured = sum(_assert_agrees(case, name, GRAPH) for case in _drawn()[:14])
-    assert captured >= 7 or name == "engine-python"
+    assert captured >= 7 or not registered()[name].capturable
 
 
 @pytest.mark.parametrize("executor", ["eager", GRAPH])
 @pytest.mark.parametrize("case", list(_sequences()))
 @pytest.mark.parametrize("name", NAMES)
 def test_sequences_across_buckets_and_modes(name: str, case: Case, executor: str) -> None:
-    assert _assert_agrees(case, name, executor) or name == "engine-python"
+    assert _assert_agrees(case, name, executor) or not registered()[name].capturable
 
 
 def test_the_rows_declare_what_they_are() -> None:
@@ -104,6 +113,8 @@ def test_the_rows_declare_what_they_are() -> None:
         "engine-triton": ("live", set(Mode)),
         "engine-python": ("max", set()),
         "engine-multistep": ("live", set(Mode)),
+        "engine-multistep-python": ("full", UNIFORM),
+        "engine-fallback": ("max", set()),
         "engine-precomputed": ("full", UNIFORM),
     }
     for name in NAMES:
@@ -114,7 +125,7 @@ def test_the_rows_declare_what_they_are() -> None:
 
 def test_the_rows_come_by_reference_only() -> None:
     assert BACKEND_ROWS not in BUILTIN_MODULES
-    assert list(load([BACKEND_ROWS]))[-6:] == [*NAMES, *EXPANSIONS]
+    assert list(load([BACKEND_ROWS]))[-8:] == [*NAMES, *EXPANSIONS]
     assert load_reference(BACKEND_ROWS) == (*NAMES, *EXPANSIONS)
 
 
@@ -163,6 +174,8 @@ def _one_each(_self: object, bs: int, _spec_info: object) -> torch.Tensor:
         *((name, "_accept_lens", _one_each) for name in NAMES),
         ("engine-triton", "_refresh", lambda _self, _inputs, _buffers: None),
         ("engine-python", "_refresh", lambda _self, _inputs, _buffers: None),
+        ("engine-multistep-python", "_prepared", lambda _self, _bs, buffers: buffers.cu_seqlens_k.zero_()),
+        ("engine-fallback", "_refresh", lambda _self, _inputs, _buffers: None),
     ],
 )
 def test_a_method_that_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch, name: str, method: str, wrong: Any) -> None:
@@ -175,9 +188,27 @@ def test_a_method_that_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch, name
     assert verify(case, name).outcome is Outcome.DISAGREE
 
 
+TWO_STEPS = Case(
+    setup=Setup(buckets=(2,), num_steps=2, schedule=True),
+    replays=(Replay(requests=(Request(seq_len=9), Request(seq_len=3))),),
+)
+
+
+def test_each_fallback_is_shown_with_its_count() -> None:
+    tally = Tally()
+    for name in NAMES:
+        verdict = verify(TWO_STEPS, name)
+        assert verdict.outcome is Outcome.AGREE
+        tally.count(verdict, eager=True)
+    (shown,) = [line for line in tally_lines(tally) if line.startswith("fallbacks: ")]
+    calls = shown.rpartition(" x ")[2]
+    assert shown == f"fallbacks: engine-fallback: {sys.modules[BACKEND_ROWS].WITHOUT_TRITON.missing} x {calls}"
+    assert int(calls) > 0
+    assert int(calls) % TWO_STEPS.setup.num_steps == 0
+
+
 def test_a_schedule_refreshed_in_one_step_only_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = Setup(buckets=(2,), num_steps=2, schedule=True)
-    case = Case(setup=setup, replays=(Replay(requests=(Request(seq_len=9), Request(seq_len=3))),))
+    case = TWO_STEPS
     assert verify(case, "engine-precomputed").outcome is Outcome.AGREE
     copy = backend._copy_everywhere
 
