@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_verify import kernels
+from nsa_verify import Case, Mode, Replay, Request, Setup, kernels
+from nsa_verify.core.implementation import OPTIONAL_OUTPUTS
+from nsa_verify.core.registry import find
+from nsa_verify.device.images import ImageKey, paint
+from nsa_verify.device.rig import Rig
 
 CASES = [
     pytest.param([2, 3, 1], [13, 5, 1], id="the contract's vector"),
@@ -82,11 +86,53 @@ def test_inplace_refuses_a_short_output_and_writes_nothing(short: int, name: str
 def test_inplace_refuses_what_the_kernel_would_misread() -> None:
     good = _poisoned(8)
     lens = _contiguous([2, 3, 1]), _contiguous([13, 5, 1])
+    nothing = _contiguous([]).int(), _contiguous([]).int()
     for bad in (good.long(), _poisoned(16)[::2], good.view(2, 4)):
-        with pytest.raises(ValueError, match="out_nsa_cache_seqlens is torch"):
-            kernels.fill_draft_extend_metadata_inplace(*lens, TOPK, good, bad)
+        for given in (lens, nothing):
+            with pytest.raises(ValueError, match="out_nsa_cache_seqlens is torch"):
+                kernels.fill_draft_extend_metadata_inplace(*given, TOPK, good, bad)
         assert bad.eq(-77).all()
     assert good.eq(-77).all()
+
+
+def test_inplace_refuses_outputs_that_share_memory_or_are_elsewhere() -> None:
+    memory = _poisoned(12)
+    lens = _contiguous([2, 3, 1]), _contiguous([13, 5, 1])
+    for first, second in ((memory, memory), (memory[:7], memory[6:]), (memory[5:], memory[:6])):
+        words = "^out_seqlens_expanded and out_nsa_cache_seqlens share memory, must be tensors of their own$"
+        with pytest.raises(ValueError, match=words):
+            kernels.fill_draft_extend_metadata_inplace(*lens, TOPK, first, second)
+    with pytest.raises(ValueError, match=r"^out_nsa_cache_seqlens is on meta, must be on .* as extend_seq_lens is$"):
+        kernels.fill_draft_extend_metadata_inplace(*lens, TOPK, memory, memory.to("meta"))
+    assert memory.eq(-77).all()
+    kernels.fill_draft_extend_metadata_inplace(*lens, TOPK, memory[6:], memory[:6])
+    assert (memory[6:].tolist(), memory[:6].tolist()) == _expected([2, 3, 1], [13, 5, 1])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({1: _contiguous([13, 5])}, "seq_lens has 2 elements, must have 3 as extend_seq_lens has"),
+        ({0: _contiguous([2, 3])}, "seq_lens has 3 elements, must have 2 as extend_seq_lens has"),
+        (
+            {0: _contiguous([2, 3, 1]).float()},
+            r"extend_seq_lens is torch.float32 of shape \[3\], not 1-D and int32 or in",
+        ),
+        ({1: _contiguous([13, 5, 1]).to(torch.int16)}, r"seq_lens is torch.int16 of shape \[3\], not 1-D"),
+        ({0: _contiguous([2, 3, 1])[:, None]}, r"extend_seq_lens is torch.int64 of shape \[3, 1\], not 1-D"),
+        ({1: _contiguous([13, 5, 1])[:, None]}, r"seq_lens is torch.int64 of shape \[3, 1\], not 1-D"),
+        ({1: _contiguous([13, 5, 1]).to("meta")}, "seq_lens is on meta, must be on .* as extend_seq_lens is"),
+    ],
+)
+def test_lengths_that_the_kernel_would_misread_are_refused(wrong: dict[int, Tensor], words: str) -> None:
+    lens = [wrong.get(place, good) for place, good in enumerate((_contiguous([2, 3, 1]), _contiguous([13, 5, 1])))]
+    expanded, clamped = _poisoned(2, 8)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        kernels.fill_draft_extend_metadata_fused_simple(lens[0], lens[1], TOPK)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        kernels.fill_draft_extend_metadata_inplace(lens[0], lens[1], TOPK, expanded, clamped)
+    assert expanded.eq(-77).all()
+    assert clamped.eq(-77).all()
 
 
 @pytest.mark.parametrize("layout", [_contiguous, _strided])
@@ -100,6 +146,37 @@ def test_onepass(extend_lens: list[int], seq_lens: list[int], layout: Layout) ->
     wide = clamped.long()
     with pytest.raises(ValueError, match=r"out_nsa_cache_seqlens is torch\.int64"):
         kernels.fill_draft_extend_metadata_onepass(layout(extend_lens), layout(seq_lens), TOPK, expanded, wide)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_onepass_leaves_out_rows_that_the_outputs_do_not_have(rows: int) -> None:
+    extend_lens, seq_lens = [2, 3, 1], [13, 5, 1]
+    memory = _poisoned(2, 7)
+    kernels.fill_draft_extend_metadata_onepass(
+        _contiguous(extend_lens), _contiguous(seq_lens), TOPK, memory[0, :rows], memory[1, :6]
+    )
+    assert [it[:rows] for it in memory.tolist()] == [it[:rows] for it in _expected(extend_lens, seq_lens)]
+    assert memory[:, rows:].eq(-77).all()
+
+
+@pytest.mark.parametrize("batch_size", [3, 20])
+def test_an_accept_length_beyond_n_writes_no_row_that_is_not_there(batch_size: int) -> None:
+    """No engine may pass one; what is behind the buffers is safe from it, and the rows are those of N."""
+    setup = Setup(
+        num_draft_tokens=2, page_size=16, table_width=300, pool_width=304, buckets=(batch_size,), schedule=True
+    )
+    case = Case(setup, (Replay(Mode.DRAFT_EXTEND, (Request(300, accept_len=2),) * batch_size),))
+    rig = Rig(setup, DEVICE)
+    values, _ = paint(case, ImageKey.of(find("onepass"), setup))
+    rig.load(case, 0, torch.frombuffer(values, dtype=torch.int32).to(DEVICE))
+    inputs = rig.inputs(Mode.DRAFT_EXTEND, batch_size)
+    steps = rig.steps(Mode.DRAFT_EXTEND, batch_size, OPTIONAL_OUTPUTS)
+    find("onepass").refresh(inputs, steps, setup)
+    outputs = rig.arena[: rig.layout.inputs_start]
+    right = outputs.clone()
+    inputs.accept_lens.fill_(7)
+    find("onepass").refresh(inputs, steps, setup)
+    assert torch.equal(outputs, right)
 
 
 @pytest.mark.parametrize("lens", [[], [0], [0, 0, 0]])

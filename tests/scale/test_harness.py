@@ -11,7 +11,7 @@ import pytest
 import torch
 from scale.harness import GUARD, POISON, Workload, first_mismatch, slot, spoil
 from scale.vectorised import Mismatch
-from scale.workloads import large_batch, long_pool, many_rows, tall_tables, wide_tables
+from scale.workloads import large_batch, long_pool, long_rows, many_rows, tall_tables, wide_tables
 
 from nsa_verify import MetadataBuffers, Mode, ReplayInputs, Setup
 from nsa_verify.core.implementation import registered
@@ -25,6 +25,7 @@ MAKERS: Final[dict[str, Callable[[Mode], Workload]]] = {
     "tall tables": partial(tall_tables, rows=20, row_stride=200, longest=150),
     "many rows": partial(many_rows, rows=36),
     "large batch": partial(large_batch, batch_size=7, longest=400),
+    "long rows": partial(long_rows, batch_size=20, num_steps=2, width=700),
     "wide tables": partial(wide_tables, rows=40, width=140),
     "long pool": partial(long_pool, pool_rows=9, pool_width=120, batch_size=7, table_width=50),
 }

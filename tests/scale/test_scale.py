@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from scale.harness import POISON, Workload, first_mismatch, slot, spoil
 from scale.vectorised import Mismatch
-from scale.workloads import large_batch, long_pool, many_rows, tall_tables, wide_tables
+from scale.workloads import large_batch, long_pool, long_rows, many_rows, tall_tables, wide_tables
 
 from nsa_verify import Mode
 from nsa_verify.core.implementation import registered
@@ -29,11 +29,16 @@ NAMES: Final = ("onepass", "triton-inplace", "precomputed-batched-copy")
 RAGGED, UNIFORM = Mode.DRAFT_EXTEND, (Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND_V2)
 
 WORKLOADS: Final[dict[str, Callable[[], Workload]]] = {
-    **{f"tall-tables-{mode}": partial(tall_tables, mode, 2300, 1_000_000, 4000) for mode in Mode},
+    **{f"tall-tables-{mode}": partial(tall_tables, mode, 2300, 1_000_000, 4200) for mode in Mode},
     **{f"{rows}-rows-{Mode.DECODE}": partial(many_rows, Mode.DECODE, rows) for rows in (65_535, 65_536)},
     **{f"65536-rows-{mode}": partial(many_rows, mode, 65_536) for mode in UNIFORM},
     **{f"{rows}-rows-{RAGGED}": partial(many_rows, RAGGED, rows) for rows in (65_535, 65_536, 65_537)},
     **{f"large-batch-{mode}": partial(large_batch, mode, 512, 4000) for mode in (RAGGED, *UNIFORM)},
+    **{
+        f"long-rows-{batch_size}-S{steps}-{mode}": partial(long_rows, mode, batch_size, steps, 131_080)
+        for batch_size, steps in ((9, 1), (131, 1), (600, 1), (300, 3), (33, 8), (259, 8))
+        for mode in Mode
+    },
     **{f"wide-tables-{mode}": partial(wide_tables, mode, 2080, 1 << 20) for mode in Mode},
     **{f"long-pool-{mode}": partial(long_pool, mode, 2200, 1_000_000, 64, 4096) for mode in Mode},
 }
@@ -74,9 +79,9 @@ def test_every_cell_is_right(workload: str, name: str, captured: bool) -> None:
 @pytest.mark.parametrize(
     ("workload", "buffer", "row", "column", "expected"),
     [
-        (f"tall-tables-{Mode.DECODE}", "page_table_1", 2296, 3999, slot(96, 3999)),
+        (f"tall-tables-{Mode.DECODE}", "page_table_1", 2296, 4199, slot(96, 4199)),
         (f"tall-tables-{Mode.DECODE}", "page_table_1", 2296, 999_999, POISON),
-        (f"tall-tables-{Mode.DECODE}", "real_page_table", 2296, 62, slot(96, 62 * 64) // 64),
+        (f"tall-tables-{Mode.DECODE}", "real_page_table", 2296, 65, slot(96, 65 * 64) // 64),
         (f"wide-tables-{Mode.TARGET_VERIFY}", "page_table_1", 2067, (1 << 20) - 1, slot(10, (1 << 20) - 1)),
         (f"long-pool-{Mode.DECODE}", "req_to_token", 2199, 999_999, slot(2199, 999_999)),
     ],

@@ -119,6 +119,29 @@ def large_batch(mode: Mode, batch_size: int, longest: int) -> Workload:
     return workload(setup, mode, longest, rows=7 * batch_size)
 
 
+def long_rows(mode: Mode, batch_size: int, num_steps: int, width: int) -> Workload:
+    """Few long requests among short ones, at any place of the batch, up to the width of the tables."""
+    setup = Setup(
+        num_draft_tokens=4,
+        index_topk=2048,
+        page_size=64,
+        table_width=width,
+        pool_rows=min(batch_size, 97),
+        pool_width=width + 8,
+        num_steps=num_steps,
+        buckets=(batch_size,),
+        num_sms=132,
+        host_lengths=False,
+        schedule=True,
+    )
+    work = workload(setup, mode, min(width, 600), rows=2 * batch_size)
+    chance = torch.Generator().manual_seed(batch_size)
+    real = batch_size - PADDED
+    places = torch.randperm(real, generator=chance)[: max(real // 40, 2)]
+    work.seq_lens[places] = torch.randint(width // 4, width + 1, (len(places),), generator=chance)
+    return work
+
+
 def wide_tables(mode: Mode, rows: int, width: int) -> Workload:
     """Contexts as wide as the table and past it, up to what ``req_to_token`` holds: lengths count on, columns end."""
     setup = Setup(
