@@ -12,9 +12,10 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from statistics import median
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from msgspec import Struct
@@ -22,7 +23,8 @@ from msgspec import Struct
 from nsa_verify.core.buffers import TABLES, alias_of, shapes
 from nsa_verify.core.case import CtxLens, Mode, Setup
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, Implementation, MetadataBuffers, ReplayInputs
-from nsa_verify.device.health import refuse_dead
+from nsa_verify.device.health import DeviceDied, refuse_dead
+from nsa_verify.device.launches import Launch, intercepted
 
 Call = Callable[[], object]
 Check = Callable[[Call], object]
@@ -36,14 +38,15 @@ COPIED: Final = 256 << 20
 SLOT_LIMIT: Final = 1 << 30
 TOP_K: Final = 2048
 NO_MEMORY: Final = (MemoryError, torch.OutOfMemoryError)
-KERNEL_NODE: Final = 0
-"""CU_GRAPH_NODE_TYPE_KERNEL."""
+SAID: Final = ("out of memory", "can't allocate memory")
+"""What an error says that CUDA, Triton or the CPU's allocator raises for want of memory."""
 
 
 class Size(Struct, frozen=True, kw_only=True):
     """What is refreshed: B requests of KV lengths from half of ``longest`` (tokens) to that, in tables of W columns.
 
-    With ``schedule`` also the paged-MQA schedule and its lengths, which TARGET_VERIFY keeps as ``[B, N]`` of its own.
+    With ``rest`` the first request has ``longest`` tokens and each other one ``rest``. With ``schedule`` also the
+    paged-MQA schedule and its lengths, which TARGET_VERIFY keeps as ``[B, N]`` of its own.
     """
 
     batch_size: int
@@ -52,6 +55,7 @@ class Size(Struct, frozen=True, kw_only=True):
     num_draft_tokens: int = 4
     page_size: int = 64
     num_steps: int = 1
+    rest: int = 0
     schedule: bool = False
 
     def setup(self) -> Setup:
@@ -71,9 +75,21 @@ class Size(Struct, frozen=True, kw_only=True):
         )
 
     def __str__(self) -> str:
+        lengths = f"one of {self.longest} rest {self.rest}" if self.rest else f"to {self.longest}"
         steps = f" S {self.num_steps}" if self.num_steps > 1 else ""
         schedule = " with schedule" if self.schedule else ""
-        return f"B {self.batch_size} W {self.table_width} to {self.longest}{steps}{schedule}"
+        return f"B {self.batch_size} W {self.table_width} {lengths}{steps}{schedule}"
+
+    def lengths(self, chance: torch.Generator) -> torch.Tensor:
+        """The KV lengths, int64 ``[B]``."""
+        count = self.batch_size
+        if self.rest:
+            lengths = torch.full((count,), self.rest)
+            lengths[0] = self.longest
+            return lengths
+        return torch.randint(
+            max(self.longest // 2, self.num_draft_tokens), self.longest + 1, (count,), generator=chance
+        )
 
 
 class Work(Struct, frozen=True):
@@ -86,12 +102,14 @@ class Work(Struct, frozen=True):
     @property
     def live_bytes(self) -> int:
         """What must move at least: what is live is read once and written once for each row of each step."""
-        return self.moved_bytes(Extent.LIVE)
+        return self.extent_bytes(Extent.LIVE)
 
-    def moved_bytes(self, extent: Extent, block: int = 1) -> int:
+    def extent_bytes(self, extent: Extent, block: int = 1) -> int:
         """What moves at least where rows are written up to ``extent``, and the pages of those columns with them.
 
         Slots are read once for each request; they and pages are written for each row of each step, lists for each step.
+        It is a function of the declared extent alone: what an implementation writes elsewhere first, and reads again,
+        is not in it.
         """
         setup, inputs, tokens = self.setup, self.inputs, self.setup.num_draft_tokens
         assert inputs.seq_lens_cpu is not None
@@ -124,13 +142,13 @@ def _reach(kv_lens: torch.Tensor, width: int, extent: Extent, block: int) -> tor
 def work(size: Size, mode: Mode, device: str, seed: int = 0) -> Work:
     """Inputs of ``size`` drawn from ``seed``, and buffers of 0; accept lengths are 1 to N in DRAFT_EXTEND.
 
-    Raises ``MemoryError`` for what the device can never hold.
+    Raises ``MemoryError`` for what is more than the device has free.
     """
     setup = size.setup()
     _refuse_larger(setup, mode, device)
     chance = torch.Generator().manual_seed(seed)
     count, tokens = size.batch_size, size.num_draft_tokens
-    lengths = torch.randint(max(size.longest // 2, tokens), size.longest + 1, (count,), generator=chance)
+    lengths = size.lengths(chance)
     accepts = torch.full((count,), tokens)
     if mode is Mode.DRAFT_EXTEND:
         accepts = torch.randint(1, tokens + 1, (count,), generator=chance)
@@ -153,12 +171,34 @@ def _refuse_larger(setup: Setup, mode: Mode, device: str) -> None:
     for name, shape in shapes(setup, mode, count).items():
         owned += shape.rows * shape.columns if alias_of(setup, mode, name) is None else 0
     needed = 4 * (setup.pool_rows * setup.pool_width + setup.num_steps * owned)
+    free = _free_bytes(device)
+    if needed > free:
+        sizes = f"it needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+        raise MemoryError(f"{sizes}; ask for fewer requests or columns")
+
+
+def _free_bytes(device: str) -> int:
     if device == "cuda":
-        held = torch.cuda.mem_get_info()[1]
-    else:
-        held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > held:
-        raise MemoryError(f"it needs {needed / 1e9:.1f} GB of {held / 1e9:.1f} GB; ask for fewer requests or columns")
+        # What torch keeps of what it was given back is free to it.
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def is_no_memory(error: BaseException | None) -> bool:
+    """Whether ``error`` was raised for want of memory, or while one that was so was handled, as in a capture.
+
+    Not if the device died of it.
+    """
+    while error is not None and not isinstance(error, DeviceDied):
+        said = str(error).lower()
+        if isinstance(error, NO_MEMORY) or (isinstance(error, RuntimeError) and any(it in said for it in SAID)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _buffers(setup: Setup, mode: Mode, count: int, device: str) -> MetadataBuffers:
@@ -172,6 +212,27 @@ def _buffers(setup: Setup, mode: Mode, count: int, device: str) -> MetadataBuffe
     return MetadataBuffers(**made)
 
 
+Compiled = dict[int, tuple[Any, Any]]
+"""What Triton launched: each compiled form by its id, behind the kernel that it is a form of."""
+
+
+@contextmanager
+def compilations(found: Compiled) -> Iterator[None]:
+    """Note in ``found`` what Triton launches meanwhile: forms of one kernel are compiled one by one.
+
+    Nothing is noted of kernels that the interpreter runs.
+    """
+
+    def listen(launch: Launch) -> Any:
+        form = launch.run(launch.kernel, *launch.args, **launch.kwargs)
+        if form is not None:
+            found[id(form)] = launch.kernel, form
+        return form
+
+    with intercepted(listen):
+        yield
+
+
 class Subject(Struct):
     """One call that is timed, and what was measured of it: microseconds per call, one number per repetition."""
 
@@ -180,14 +241,17 @@ class Subject(Struct):
     graph: torch.cuda.CUDAGraph | None = None
     host_us: list[float] = []
     node_us: list[float] = []
-    launches: int = 0
-    """Kernels and copies of a captured call; 0: it was not captured."""
+    launches: int | None = None
+    """Kernels and copies of a captured call; None: it was not captured."""
     syncs: int = 0
     allocations: int = 0
+    compiled: Compiled = {}
     fallbacks: tuple[str, ...] = ()
     """Why the fast path was not taken, as it said itself."""
     error: str = ""
     """What it raised while it was timed; then nothing is known of it."""
+    is_starved: bool = False
+    """Whether it raised that for want of memory."""
 
 
 class Candidate(NamedTuple):
@@ -214,8 +278,9 @@ def prepared(name: str, call: Call, capture: bool, device: str, check: Check = _
     ``check`` makes one call and one replay of that graph. Raises ``WrongResult`` as it does, and what ``call`` raises.
     """
     subject = Subject(name, call)
-    for _ in range(WARM_UPS):
-        call()
+    with compilations(subject.compiled):
+        for _ in range(WARM_UPS):
+            call()
     check(call)
     if device != "cuda":
         return subject
@@ -291,7 +356,7 @@ def measure(subjects: Sequence[Subject], device: str, repetitions: int, calls: i
                 if subject.graph is not None:
                     subject.node_us.append(_node_us(subject.graph))
             except Exception as error:  # noqa: BLE001 - an implementation may raise anything
-                subject.error = sentence(error)
+                subject.error, subject.is_starved = sentence(error), is_no_memory(error)
                 refuse_dead(device, error)
 
 
@@ -340,7 +405,10 @@ class Floor(Struct, frozen=True):
 
 
 def floor(repetitions: int) -> Floor:
-    """Measure it on this GPU; what is copied is larger than L2, so that it moves through DRAM."""
+    """Measure it on this GPU; what is copied is larger than L2, so that it moves through DRAM.
+
+    Raises ``DeviceDied``, and whatever ``is_no_memory`` says of that there is none for the copy.
+    """
     from nsa_verify.device.nothing import nothing
 
     source = torch.zeros(COPIED // 4, dtype=torch.int32, device="cuda")

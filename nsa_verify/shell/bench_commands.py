@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from msgspec import Struct
 
 from nsa_verify import __version__
@@ -33,36 +34,41 @@ WORKER = "worker: "
 
 
 def _sizes(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    """``B,W,LONGEST`` or ``B,W,LONGEST,S`` as numbers."""
+    """``B,W,LONGEST``, ``B,W,LONGEST,S`` or ``B,W,LONGEST,S,REST`` as five numbers, each once."""
     found = []
     for value in values:
         numbers = value.split(",")
-        if len(numbers) not in (3, 4) or not all(it.isdecimal() and len(it) < LONG and int(it) for it in numbers):
-            raise click.BadParameter(f"{value!r} is not B,W,LONGEST[,S], as 32,131080,4000", param=parameter)
-        size = tuple(int(it) for it in numbers)
-        if refusal := _refusal(*size):
+        if len(numbers) not in (3, 4, 5) or not all(it.isdecimal() and len(it) < LONG and int(it) for it in numbers):
+            raise click.BadParameter(f"{value!r} is not B,W,LONGEST[,S[,REST]], as 32,131080,4000", param=parameter)
+        count, width, longest, steps, rest = (*map(int, numbers), *(1, 0)[len(numbers) - 3 :])
+        if refusal := _refusal(count, width, longest, steps, rest):
             raise click.BadParameter(f"{value!r}: {refusal}", param=parameter)
-        found.append(size)
-    return tuple(found)
+        found.append((count, width, longest, steps, rest))
+    return tuple(dict.fromkeys(found))
 
 
-def _refusal(count: int, width: int, longest: int, steps: int = 1) -> str | None:
+def _refusal(count: int, width: int, longest: int, steps: int, rest: int) -> str | None:
     """Why no engine has this size, and which one it has."""
     from nsa_verify.device.timing import Size
 
     if longest > width:
         return f"a KV length of {longest} is wider than the table"
-    size = Size(batch_size=count, table_width=width, longest=longest, num_steps=steps)
+    size = Size(batch_size=count, table_width=width, longest=longest, num_steps=steps, rest=rest)
     tokens = size.num_draft_tokens
     for name, value, least, most in (
         ("B", count, 1, MAX_BATCH_SIZE),
         ("W", width, tokens + 1, MAX_TABLE_WIDTH),
         ("LONGEST", longest, tokens, width),
         ("S", steps, 1, MAX_STEPS),
+        ("REST", rest or longest, tokens, longest),
     ):
         if not least <= value <= most:
             return f"{name} = {value} must be between {least} and {most}"
-    if count * (longest + tokens) > INT32_MAX:
+    if rest and count == 1:
+        return f"REST = {rest} is of all requests but the first, and B = 1 has no other; leave it out"
+    if rest and longest + (count - 1) * rest + count * tokens > INT32_MAX:
+        return f"sums of {count - 1} lengths of {rest} exceed int32; ask for fewer requests or shorter ones"
+    if not rest and count * (longest + tokens) > INT32_MAX:
         return f"sums of {count} lengths of {longest} exceed int32; ask for fewer requests or shorter ones"
     try:
         size.setup()
@@ -78,11 +84,14 @@ def _refusal(count: int, width: int, longest: int, steps: int = 1) -> str | None
     "sizes",
     multiple=True,
     callback=_sizes,
-    metavar="B,W,LONGEST[,S]",
-    help="Requests, columns, the longest KV length, steps; may be repeated. [default: see docs/performance.md]",
+    metavar="B,W,LONGEST[,S[,REST]]",
+    help="Requests, columns, the longest KV length, steps, the KV length of all requests but the first; may be"
+    " repeated. [default: see docs/performance.md]",
 )
-@click.option("--schedule", is_flag=True, help="Refresh paged_mqa_schedule and paged_mqa_ctx_lens too.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of cases and of lengths. [default: 0]")
+@click.option(
+    "--schedule", is_flag=True, help="Measure each size with paged_mqa_schedule and paged_mqa_ctx_lens refreshed too."
+)
+@click.option("--seed", type=opt.SEEDS, default=0, help="Of cases and of lengths. [default: 0]")
 @click.option(
     "-n",
     "--max-examples",
@@ -123,15 +132,17 @@ def bench(
     a captured graph, its launches, waits and allocations, what it moves at least by the write extent it declares, and
     how many times the floor it takes: an empty node, and what is live at the bandwidth of a copy through DRAM, both
     measured in the same run; nodes use the same buffers again, so what fits into L2 is warm and may be faster. Numbers
-    are microseconds, medians with the least and the most. What disagrees, there or on the inputs that are timed, is not
-    timed: exit code 1.
+    are microseconds, medians with the least and the most. On a GPU it also counts the forms of Triton kernels that were
+    compiled, over all sizes of as many steps. What disagrees, there or on the inputs that are timed, is not timed: exit
+    code 1. What was judged in no case is not timed either: exit code 2.
     """
     if context.invoked_subcommand is not None:
+        _refuse_lost(context)
         return
     plan = Plan(
         seed=seed,
         max_examples=max_examples,
-        modes=modes or Plan().modes,
+        modes=tuple(dict.fromkeys(modes)) or Plan().modes,
         device=device,
         references=references,
         only=only,
@@ -141,6 +152,20 @@ def bench(
         gpus=gpus.placement(gpus.gpus_for(device)),
     )
     times(plan, sizes, schedule, repetitions, as_json, html, console(no_color))
+
+
+def _refuse_lost(context: click.Context) -> None:
+    """Raises ``Unable`` for options in front of a subcommand, which has its own."""
+    given = [
+        max(it.opts, key=len)
+        for it in context.command.params
+        if context.get_parameter_source(it.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        command = context.invoked_subcommand
+        raise Unable(
+            f"{', '.join(given)} in front of {command} would be lost: give {command} its options behind its name"
+        )
 
 
 class Rate(Struct, frozen=True):
@@ -163,7 +188,7 @@ class Rate(Struct, frozen=True):
 
 @bench.command("search")
 @opt.together(opt.IMPL, opt.ONLY, opt.MODE, opt.EXECUTOR, opt.DEVICE, opt.WORKERS, opt.NO_ISOLATION)
-@click.option("--seed", type=click.IntRange(0), default=0, help="The same seed draws the same cases. [default: 0]")
+@click.option("--seed", type=opt.SEEDS, default=0, help="The same seed draws the same cases. [default: 0]")
 @click.option("--warm-up", default="5s", metavar="TIME", help="Run for so long before measuring. [default: 5s]")
 @click.option("--max-time", default="10s", metavar="TIME", help="Measure for so long. [default: 10s]")
 @opt.together(opt.JSON, opt.NO_COLOR)
@@ -191,7 +216,7 @@ def search_rate(
         seed=seed,
         max_examples=ENDLESS,
         max_time_s=warm_up_s + measured_s,
-        modes=modes or Plan().modes,
+        modes=tuple(dict.fromkeys(modes)) or Plan().modes,
         executors=tuple(dict.fromkeys(executors)),
         device=device,
         references=references,

@@ -18,6 +18,7 @@ Table = tuple[str, list[tuple[str, ...]]]
 
 HOST_TERMS = (
     ("B, W, to, S", "Requests, columns of the page table, the longest KV length (the shortest is half of it), steps."),
+    ("one of, rest", "The KV length of the first request, and that of each other one."),
     ("with schedule", "The paged-MQA schedule and its lengths are refreshed too."),
     ("host", "A call on the host, of several in a row; the device is not waited for."),
     ("(fell back)", "At this size it reported, with nsa_verify.fallback, that it did not take its fast path."),
@@ -30,9 +31,10 @@ GPU_TERMS = (
     ("node", "A call on the device, of many in one captured graph; all use the same buffers, warm in L2 if they fit."),
     ("floor", FLOOR),
     ("MB live", "What must move at least: live slots read once, written once for each row of each step; the lists."),
-    ("MB moved", "The same up to the write extent that the implementation declares."),
-    ("launches", "The nodes of a captured graph of one call."),
+    ("MB by extent", "The same up to the write extent that it declares; what it writes elsewhere first is not in it."),
+    ("launches", "The nodes of a captured graph of one call; outside of one nobody counts what is launched."),
     ("syncs, allocations", "How often one call waits for the device, and takes memory of it."),
+    ("compiled by Triton", "How many forms of how many kernels were launched: as many where each is compiled once."),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace as replace_fields
 from functools import partial
 
@@ -15,9 +16,22 @@ from nsa_verify.core.case import Case, Mode
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, MetadataBuffers, ReplayInputs
 from nsa_verify.core.oracle import Expectation, batch, expect, schedule
 from nsa_verify.core.registry import find
+from nsa_verify.device import timing
 from nsa_verify.device.answers import POISON, Answers, WrongResult
+from nsa_verify.device.health import DeviceDied
 from nsa_verify.device.pool import slot_table
-from nsa_verify.device.timing import Floor, Size, Subject, measure, prepared, refresh_of, work
+from nsa_verify.device.timing import (
+    Compiled,
+    Floor,
+    Size,
+    Subject,
+    compilations,
+    is_no_memory,
+    measure,
+    prepared,
+    refresh_of,
+    work,
+)
 from nsa_verify.strategies import Limits, cases
 
 SIZE = Size(batch_size=3, table_width=40, longest=20, num_draft_tokens=2, page_size=16, num_steps=2)
@@ -41,7 +55,7 @@ def test_live_bytes_by_hand(mode: Mode) -> None:
 @pytest.mark.parametrize("with_schedule", [False, True])
 @pytest.mark.parametrize("extent", list(Extent))
 @pytest.mark.parametrize("mode", list(Mode))
-def test_moved_bytes_cell_by_cell(mode: Mode, extent: Extent, with_schedule: bool) -> None:
+def test_extent_bytes_cell_by_cell(mode: Mode, extent: Extent, with_schedule: bool) -> None:
     given = work(replace(SIZE, table_width=36, longest=36, schedule=with_schedule), mode, "cpu", seed=14)
     lengths = [it + (2 if mode is Mode.TARGET_VERIFY else 0) for it in given.inputs.seq_lens.tolist()]
     assert (max(lengths) > 36) == (mode is Mode.TARGET_VERIFY), "columns are clipped, in one mode by every extent"
@@ -57,8 +71,19 @@ def test_moved_bytes_cell_by_cell(mode: Mode, extent: Extent, with_schedule: boo
     written += 3 * rows
     if with_schedule:
         written += 2 * 133 + (3 * 2 if mode is Mode.TARGET_VERIFY else 0)
-    assert given.moved_bytes(extent, block=8) == 4 * (read + 2 * written)
-    assert extent is not Extent.LIVE or given.live_bytes == given.moved_bytes(extent)
+    assert given.extent_bytes(extent, block=8) == 4 * (read + 2 * written)
+    assert extent is not Extent.LIVE or given.live_bytes == given.extent_bytes(extent)
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_one_long_request_among_short_ones(mode: Mode) -> None:
+    size = replace(SIZE, rest=5)
+    assert str(size) == "B 3 W 40 one of 20 rest 5 S 2"
+    given = work(size, mode, "cpu", seed=3)
+    assert given.inputs.seq_lens.tolist() == [20, 5, 5]
+    refresh = refresh_of(find("vectorized"), given)
+    prepared("right", refresh, False, "cpu", Answers(given.inputs, given.steps, given.setup).check)
+    assert work(replace(size, schedule=True), mode, "cpu", seed=3).inputs.accept_lens.equal(given.inputs.accept_lens)
 
 
 @pytest.mark.parametrize("mode", list(Mode))
@@ -149,6 +174,77 @@ def test_what_raises_while_it_is_timed_is_timed_no_more() -> None:
     assert [len(it.host_us) for it in subjects] == [0, 3]
 
 
+def raised(error: Exception, before: Exception | None = None) -> Exception:
+    """What is caught where ``error`` is raised while ``before`` is handled."""
+    try:
+        if before is None:
+            raise error
+        try:
+            raise before
+        except type(before):
+            raise error  # noqa: B904 - that is how a capture ends which memory lacked in
+    except type(error) as caught:
+        return caught
+
+
+def test_want_of_memory_is_known_by_what_raised_or_what_it_says() -> None:
+    starved = (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    )
+    assert all(is_no_memory(raised(it)) for it in starved)
+    assert is_no_memory(raised(RuntimeError("operation failed due to a previous error"), starved[1]))
+    for error in (ValueError("out of memory"), RuntimeError("illegal address"), DeviceDied("out of memory")):
+        assert not is_no_memory(raised(error))
+    assert not is_no_memory(raised(DeviceDied("illegal address"), starved[1]))
+
+
+def test_more_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 4 * (3 * 40 + 2 * (3 + 4 + 3 + 4 + 3 * 40 + 3 * 3 + 4 + 4))
+    for free, is_refused in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(timing, "_free_bytes", lambda _, free=free: free)
+        if is_refused:
+            with pytest.raises(
+                MemoryError, match=r"^it needs 0\.0 GB and 0\.0 GB are free; ask for fewer requests or "
+            ):
+                work(SIZE, Mode.DECODE, "cpu")
+        else:
+            work(SIZE, Mode.DECODE, "cpu")
+
+
+def test_free_memory_is_not_all_memory() -> None:
+    assert 0 < timing._free_bytes("cpu") < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Kernel:
+    """As much of Triton's ``JITFunction`` as is seen of a launch: a form for each constant."""
+
+    __name__ = "kernel"
+
+    def __init__(self) -> None:
+        self.forms: dict[int, object] = {}
+
+    def run(self, constant: int) -> object:
+        """Launch it."""
+        return self.forms.setdefault(constant, object())
+
+
+def test_every_form_of_a_kernel_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.runtime.jit.JITFunction", Kernel)
+    kernels = Kernel(), Kernel()
+    found: Compiled = {}
+    for constants in ((1, 1), (1, 2), (1, 1)):
+        with compilations(found):
+            for kernel, constant in zip(kernels, constants, strict=True):
+                assert kernel.run(constant) is kernel.forms[constant]
+    kernels[0].run(3)
+    assert sorted(kernels.index(kernel) for kernel, _ in found.values()) == [0, 1, 1]
+    seen = prepared("two", lambda: [kernel.run(1) for kernel in kernels], False, "cpu").compiled
+    assert list(seen) == [id(kernel.forms[1]) for kernel in kernels]
+
+
 def test_the_work_is_right_for_an_implementation() -> None:
     given = work(SIZE, Mode.TARGET_VERIFY, "cpu")
     refresh_of(find("vectorized"), given)()
@@ -196,7 +292,9 @@ def test_what_a_call_does_is_counted() -> None:
 
     with pytest.raises(WrongResult):
         prepared("eager-only", eager_only, True, "cuda", answers.check)
+    assert len(prepared("onepass", refresh_of(find("onepass"), given), True, "cuda", answers.check).compiled) == 1
+    assert not prepared("right", refresh, True, "cuda").compiled
     waits = prepared("waits", lambda: source.sum().item(), False, "cuda")
-    assert (waits.launches, waits.graph) == (0, None)
+    assert (waits.launches, waits.graph) == (None, None)
     assert waits.syncs >= 1
     assert waits.allocations >= 1

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import torch
 from conftest import NO_GPU
 from msgspec.structs import replace
 from shell.commands import invoke, refused, registry_of_its_own, written
 
-from nsa_verify.shell.timing_tables import lines
-from nsa_verify.shell.timings import EXPANSION, Rejected, Spread, Timing, Timings, _Bench
+from nsa_verify.core.case import Mode
+from nsa_verify.core.registry import find, load
+from nsa_verify.device import timing
+from nsa_verify.device.answers import WrongResult
+from nsa_verify.device.timing import TOP_K
+from nsa_verify.engine.events import Cell, CellKey, Matrix, Subject
+from nsa_verify.engine.plan import Plan
+from nsa_verify.kernels import BACKEND_ROWS
+from nsa_verify.shell import timing_tables
+from nsa_verify.shell.bench_commands import _refusal
+from nsa_verify.shell.expansions import expansions
+from nsa_verify.shell.timing_tables import lines, sized, unjudged
+from nsa_verify.shell.timings import (
+    EXPANSION,
+    EXPANSION_ROWS,
+    Ask,
+    Judged,
+    Rejected,
+    Spread,
+    Timing,
+    Timings,
+    _Bench,
+    _judged,
+    measured,
+    with_expansions,
+)
 
 ODD = """
 from nsa_verify import Mode, fallback, implementation
@@ -33,11 +60,13 @@ def mine(inputs, steps, setup):
     fallback("no fast path")
     find("vectorized").refresh(inputs, steps, setup)
 """
+ONLY = ("--only", "plain", "--only", "vectorized")
 SMALL = ("bench", "--size", "2,64,20", "--mode", "decode", "-n", 20, "--repetitions", 3, "-w", 1)
 
 
 def test_what_agrees_is_timed_beside_python_loop() -> None:
-    done = invoke(*SMALL, "--only", "python-loop", "--only", "vectorized", "--json")
+    again = ("--size", "2,64,20,1", "--size", "2,64,20", "--mode", "DECODE")
+    done = invoke(*SMALL, *again, "--only", "python-loop", "--only", "vectorized", "--json")
     assert done.exit_code == 0
     told = json.loads(done.stdout)["timings"]
     assert (told["cases"], told["repetitions"], told["rejected"]) == (20, 3, [])
@@ -48,7 +77,8 @@ def test_what_agrees_is_timed_beside_python_loop() -> None:
     loop, other = told["timings"]
     assert loop["host_ratio"] == 1
     assert other["host_ratio"] == pytest.approx(loop["host"]["median"] / other["host"]["median"])
-    assert loop["live_bytes"] == other["live_bytes"] <= loop["moved_bytes"] < other["moved_bytes"]
+    assert loop["live_bytes"] == other["live_bytes"] <= loop["extent_bytes"] < other["extent_bytes"]
+    assert (told["unjudged"], told["compilations"], loop["launches"]) == ([], [], None)
 
 
 def test_what_disagrees_is_not_timed(folder: Path) -> None:
@@ -61,18 +91,28 @@ def test_what_disagrees_is_not_timed(folder: Path) -> None:
     assert "vectorized" in done.stdout
 
 
-def test_the_schedule_is_refreshed_by_those_who_write_it(folder: Path) -> None:
+def test_the_schedule_is_refreshed_too_by_those_who_write_it(folder: Path) -> None:
     with registry_of_its_own():
         path = written(folder, name="plain", too_low=0)
-        done = invoke(*SMALL, "--schedule", "--impl", path, "--only", "plain", "--only", "vectorized")
-        alone = invoke(*SMALL, "--schedule", "--impl", path, "--only", "plain")
-    sentence = "left out, since they do not write both paged_mqa_schedule and paged_mqa_ctx_lens: plain"
+        done = invoke("bench", "--size", "2,64,20", *SMALL[5:], "--schedule", "--impl", path, *ONLY, "--json")
+        alone = invoke(*SMALL, "-n", 3, "--schedule", "--impl", path, "--only", "plain")
     assert done.exit_code == 0
-    title, _, row = done.stdout.splitlines()[-3:]
-    assert title.startswith("decode, B 2 W 64 to 20 with schedule")
-    assert row.startswith("vectorized ")
-    assert sentence in done.stdout.splitlines()
-    assert refused(alone) == f"nothing was timed: {sentence}"
+    told = json.loads(done.stdout)["timings"]
+    assert told["unscheduled"] == ["plain"]
+    size = "B 2 W 64 to 20"
+    names = {mode: ["vectorized", *(["plain"] if mode == "decode" else [])] for mode in map(str, Mode)}
+    assert [(it["size"], it["mode"], it["implementation"]) for it in told["timings"]] == [
+        *((size, mode, name) for mode in names for name in names[mode]),
+        *((f"{size} with schedule", mode, "vectorized") for mode in names),
+    ]
+    live = {(it["size"], it["mode"]): it["live_bytes"] for it in told["timings"]}
+    for mode in names:
+        more = 4 * (2 * 133 + (2 * 4 if mode == "target-verify" else 0))
+        assert live[f"{size} with schedule", mode] == live[size, mode] + more, "of the very same lengths"
+    sentence = "not timed with schedule, since they do not write both paged_mqa_schedule and paged_mqa_ctx_lens: plain"
+    assert sentence in alone.stdout.splitlines()
+    assert alone.stderr.splitlines()[-1] == f"Error: nothing was timed with schedule: {sentence}"
+    assert alone.exit_code == 2
 
 
 def test_what_is_wrong_or_raises_where_it_is_timed_is_named(folder: Path) -> None:
@@ -117,34 +157,188 @@ def test_what_memory_can_never_hold_is_skipped(folder: Path) -> None:
     assert "decode, B 2 W 64 to 20" in done.stdout
 
 
+def starve(*_: object) -> NoReturn:
+    """Ask for more memory than there is."""
+    raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+
+
+DEVICE = "cpu" if NO_GPU else "cuda"
+BOTH = {"eager", "graph"}
+
+
+def bench_into(told: Timings, device: str = DEVICE) -> _Bench:
+    """That measures three repetitions, and says nothing."""
+    return _Bench(told, device, 3, lambda _: None)
+
+
 def test_expansions_are_gated_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("python-loop", "triton-fused", "onepass")
-    told, device = Timings(), "cpu" if NO_GPU else "cuda"
-    _Bench(told, device, None, 3, lambda _: None).expansions(3, names)
+    names = {"python-loop": {"eager"}, "triton-fused": {"eager"}, "triton-inplace": BOTH, "engine-expansion": BOTH}
+    told = Timings()
+    bench_into(told).expansions(3, names)
     rows = [it.implementation for it in told.timings]
-    assert rows == ["python-loop (stage 0)", "triton-fused (stage 1)", "onepass"]
+    assert rows == ["python-loop (stage 0)", "triton-fused (stage 1)", "onepass"], told.rejected
     assert told.timings[0].host_ratio == 1
     monkeypatch.setattr("nsa_verify.kernels.fill_draft_extend_metadata_onepass", lambda *_: None)
     told.timings.append(replace(told.timings[0], implementation="onepass", mode="decode"))
-    _Bench(told, device, None, 3, lambda _: None).expansions(3, names)
+    bench_into(told).expansions(3, names)
     (rejected,) = map(str, told.rejected)
     assert rejected.startswith(f"onepass is not timed: in {EXPANSION} at B 3, expanded[0] must be ")
     assert [it.mode for it in told.timings if it.implementation == "onepass"] == ["decode"]
     assert len(told.timings) == 5
 
 
+def test_the_expansions_own_rows_are_judged_and_are_not_timed_as_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(references=("mine.py",), modes=(Mode.DRAFT_EXTEND,))
+    monkeypatch.setattr("nsa_verify.core.registry.load", lambda _: dict.fromkeys(("vectorized", "mine")))
+    asked, added = with_expansions(plan)
+    assert added == EXPANSION_ROWS
+    assert asked.references == ("mine.py", BACKEND_ROWS)
+    assert asked.only == ("vectorized", "mine", *EXPANSION_ROWS)
+    monkeypatch.setattr("nsa_verify.core.registry.load", lambda _: dict.fromkeys(("vectorized", *EXPANSION_ROWS)))
+    asked, added = with_expansions(plan)
+    assert (asked.references, asked.only, added) == (plan.references, ("vectorized", *EXPANSION_ROWS), ())
+
+
+def test_the_rows_of_the_expansions_are_there() -> None:
+    with registry_of_its_own():
+        known = load((BACKEND_ROWS,))
+    assert set(EXPANSION_ROWS) <= known.keys()
+    assert expansions(1, DEVICE).rows.keys() == {"python-loop", "triton-fused", *EXPANSION_ROWS}
+
+
+@pytest.mark.parametrize("wrong", ["padded", "clamped", "behind", "nobody"])
+def test_what_an_expansion_may_get_wrong_is_seen(wrong: str) -> None:
+    rows, check, _ = expansions(1, DEVICE)
+    call = rows["python-loop"].call
+    expanded, clamped, seq_lens, accept_lens = (
+        inspect.getclosurevars(call).nonlocals[name] for name in ("expanded", "clamped", "seq_lens", "accept_lens")
+    )
+    before = seq_lens.tolist(), accept_lens.tolist()
+
+    def spoil() -> None:
+        call()
+        accept = int(accept_lens.sum())
+        if wrong == "padded":
+            expanded[:accept].add_(-4 * (expanded[:accept] == 0).int())
+        elif wrong == "clamped":
+            clamped[:accept].add_((expanded[:accept] > TOP_K).int())
+        elif (wrong == "behind" and 0 < accept < 4) or (wrong == "nobody" and not accept):
+            clamped[accept] = 0
+
+    check(call)
+    with pytest.raises(WrongResult):
+        check(spoil)
+    assert (seq_lens.tolist(), accept_lens.tolist()) == before, "what is timed is there again"
+
+
+def test_a_device_time_needs_the_verdict_of_captured_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[bool] = []
+
+    def prepared(_name: str, _call: object, capture: bool, *_: object) -> None:
+        captured.append(capture)
+        raise MemoryError
+
+    monkeypatch.setattr("nsa_verify.device.timing.prepared", prepared)
+    told = Timings()
+    for executors in ({"eager"}, BOTH):
+        bench_into(told).expansions(1, {"engine-expansion": executors})
+        bench_into(told).refreshes(sized([(2, 64, 20)], False)[0], Mode.DECODE, {find("vectorized"): executors}, 0)
+    assert captured == [False, False, True, True]
+    assert told.skipped[0] == f"{EXPANSION}, B 1 is not measured of onepass: MemoryError"
+
+
+def judged_as(cells: dict[CellKey, int], told: Timings) -> Judged:
+    """What follows from a matrix of so many cases."""
+    subjects = [Subject(name, "", "live", (Mode.DECODE, Mode.TARGET_VERIFY)) for name in ("onepass", "python-loop")]
+    matrix = Matrix({key: Cell(cases=cases, not_applicable=1) for key, cases in cells.items()})
+    return _judged([*subjects, Subject("ragged", "", "live", ())], matrix, told)
+
+
+def test_what_was_not_judged_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Timings()
+    cells = {
+        ("onepass", "eager", Mode.DECODE): 2,
+        ("onepass", "graph", Mode.DECODE): 1,
+        ("onepass", "eager", Mode.TARGET_VERIFY): 1,
+        ("onepass", "graph", Mode.TARGET_VERIFY): 0,
+        ("python-loop", "eager", Mode.DECODE): 1,
+        ("python-loop", "eager", Mode.TARGET_VERIFY): 0,
+    }
+    judged = judged_as(cells, told)
+    assert judged == {
+        "onepass": {Mode.DECODE: BOTH, Mode.TARGET_VERIFY: {"eager"}},
+        "python-loop": {Mode.DECODE: {"eager"}},
+    }
+    assert told.undeclared == ["ragged"]
+    monkeypatch.setattr("nsa_verify.device.timing.floor", starve)
+    measured(Ask(plan=Plan(), sizes=(), expansions=(), repetitions=3), judged, told, "cuda", lambda _: None)
+    assert list(unjudged(told)) == [
+        f"{timing_tables.UNJUDGED}: python-loop in target-verify",
+        f"{timing_tables.UNCAPTURED}: onepass in target-verify",
+    ]
+
+
+def test_what_was_asked_for_and_not_judged_is_no_success() -> None:
+    done = invoke("bench", "--size", "1,64,8", "-n", 1, "--repetitions", 3, "-w", 1, "--only", "python-loop")
+    missing = f"{timing_tables.UNJUDGED}: python-loop in "
+    modes = next(it for it in done.stdout.splitlines() if it.startswith(missing)).removeprefix(missing)
+    timed = {it.partition(",")[0] for it in done.stdout.splitlines() if ", B 1 W 64 to 8" in it}
+    assert timed
+    assert timed | set(modes.split(", ")) == set(Mode)
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, f"Error: {missing}{modes}")
+
+
+def test_want_of_memory_for_the_floor_or_the_expansions_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Timings()
+    monkeypatch.setattr("nsa_verify.device.timing.floor", starve)
+    ask = Ask(plan=Plan(), sizes=(), expansions=(3,), repetitions=3)
+    measured(ask, {}, told, "cuda", lambda _: None)
+    monkeypatch.setattr("nsa_verify.shell.expansions.expansions", starve)
+    bench_into(told).expansions(3, {})
+    assert told.skipped == [
+        "nothing is measured: OutOfMemoryError: CUDA out of memory",
+        f"{EXPANSION}, B 3 is not measured: OutOfMemoryError: CUDA out of memory",
+    ]
+    assert list(lines(told, "cuda"))[2:] == told.skipped
+
+
+def test_options_that_would_be_lost_are_refused() -> None:
+    done = invoke("bench", "--json", "--size", "1,64,8", "-n", 3, "search", "--max-time", "1s")
+    options = "--size, --max-examples, --json"
+    assert refused(done) == f"{options} in front of search would be lost: give search its options behind its name"
+
+
+@pytest.mark.parametrize("command", [("bench",), ("bench", "search")])
+def test_a_seed_has_64_bits(command: tuple[str, ...]) -> None:
+    assert "--seed" in (sentence := refused(invoke(*command, "--seed", 2**64)))
+    assert "0<=x<=18446744073709551615" in sentence
+
+
+@pytest.mark.parametrize("numbers", timing_tables.SIZES)
+def test_sizes_that_are_measured_may_be_asked_for(numbers: tuple[int, ...]) -> None:
+    (size,) = sized([numbers], False)
+    found = (size.batch_size, size.table_width, size.longest, size.num_steps, size.rest)
+    assert found == (*numbers, *(1, 0)[len(numbers) - 3 :])
+    assert _refusal(*found) is None
+
+
 @pytest.mark.skipif(not NO_GPU, reason="a GPU compiles them")
 def test_without_a_gpu_kernels_are_not_timed() -> None:
-    done = invoke(*SMALL, "--only", "onepass", "--only", "vectorized")
+    done = invoke(*SMALL, "-n", 3, "--only", "onepass", "--only", "vectorized")
     assert "and of Triton kernels none, since the interpreter runs them (left out: onepass)" in done.stdout
-    assert refused(invoke(*SMALL, "--only", "onepass")).startswith("nothing was timed")
+    assert refused(invoke(*SMALL, "-n", 3, "--only", "onepass")) == f"nothing was timed: {timing_tables.NO_GPU}"
 
 
 @pytest.mark.parametrize(
     ("size", "sentence"),
     [
-        ("32,131080", "'32,131080' is not B,W,LONGEST[,S], as 32,131080,4000"),
-        ("0,10,5", "'0,10,5' is not B,W,LONGEST[,S], as 32,131080,4000"),
+        ("32,131080", "'32,131080' is not B,W,LONGEST[,S[,REST]], as 32,131080,4000"),
+        ("0,10,5", "'0,10,5' is not B,W,LONGEST[,S[,REST]], as 32,131080,4000"),
+        ("2,64,20,1,5,1", "'2,64,20,1,5,1' is not B,W,LONGEST[,S[,REST]], as 32,131080,4000"),
+        ("2,64,20,1,3", "'2,64,20,1,3': REST = 3 must be between 4 and 20"),
+        ("2,64,20,1,21", "'2,64,20,1,21': REST = 21 must be between 4 and 20"),
+        ("1,64,20,1,5", "REST = 5 is of all requests but the first, and B = 1 has no other; leave it out"),
+        ("40000,60000,60000,1,60000", "sums of 39999 lengths of 60000 exceed int32; ask for fewer requests or shorter"),
         ("4,100,101", "'4,100,101': a KV length of 101 is wider than the table"),
         ("1,4096,2", "'1,4096,2': LONGEST = 2 must be between 4 and 4096"),
         ("1,4,4", "'1,4,4': W = 4 must be between 5 and 1048576"),
@@ -152,7 +346,7 @@ def test_without_a_gpu_kernels_are_not_timed() -> None:
         ("70000,64,20", "'70000,64,20': B = 70000 must be between 1 and 65536"),
         ("1,2000000,1000", "'1,2000000,1000': W = 2000000 must be between 5 and 1048576"),
         ("40000,60000,60000", "sums of 40000 lengths of 60000 exceed int32; ask for fewer requests or shorter ones"),
-        ("1," + "9" * 5000 + ",3", "is not B,W,LONGEST[,S], as 32,131080,4000"),
+        ("1," + "9" * 5000 + ",3", "is not B,W,LONGEST[,S[,REST]], as 32,131080,4000"),
     ],
 )
 def test_one_sentence(size: str, sentence: str) -> None:
@@ -168,13 +362,17 @@ def test_the_table_of_a_gpu() -> None:
         node=Spread(3.0, 2.5, 3.25),
         launches=1,
         live_bytes=4_000_000,
-        moved_bytes=6_000_000,
+        extent_bytes=6_000_000,
         floor_us=1.5,
         host_ratio=10.0,
     )
-    told = Timings(device="H", cases=7, repetitions=3, empty_node_us=0.5, bytes_per_us=4e6, timings=[timing])
+    told = Timings(device="H", cases=7, repetitions=3, empty_node_us=0.5, bytes_per_us=4e6)
+    told.timings = [timing, replace(timing, implementation="python-loop", node=None, launches=None)]
     told.rejected = [Rejected("mine", "disagrees")]
-    head, _, machine, blank, title, names, row = lines(told, "cuda")
+    head, _, machine, launches, blank, title, names, row, other = lines(told, "cuda")
+    assert launches == "launches are the nodes of a captured graph: where a call is not captured, nobody counts them"
+    assert other.split("  ")[-1] == "0"
+    assert [it.strip() for it in other.split("  ") if it.strip()][3:] == ["not captured", "-", "6.00", "-", "0", "0"]
     assert (head, blank) == ("nsa-verify 0.1.0 on H", "")
     assert machine == "an empty node takes 0.50 us, a copy through DRAM moves 4.00 TB/s"
     assert title == "decode, B 32 W 131080 to 4000, 4.00 MB live"
@@ -183,3 +381,39 @@ def test_the_table_of_a_gpu() -> None:
     assert [it.strip() for it in cells if it.strip()] == [
         *("onepass", "20.00 (19.00-22.00)", "10.0", "3.00 (2.50-3.25)", "2.00", "6.00", "1", "0", "0")
     ]
+
+
+def test_compilations_are_counted_over_all_sizes_of_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, forms = object(), [object() for _ in range(3)]
+    launched: list[int] = []
+
+    def prepared(name: str, *_: object) -> timing.Subject:
+        form = forms[launched.pop()]
+        return timing.Subject(name, lambda: None, compiled={id(form): (kernel, form)})
+
+    monkeypatch.setattr("nsa_verify.device.timing.prepared", prepared)
+    told = Timings()
+    bench = bench_into(told, "cpu")
+    for form, mode, numbers in (
+        *((0, Mode.DECODE, (2, 64, 20)), (0, Mode.DECODE, (3, 64, 20)), (2, Mode.DECODE, (2, 64, 9))),
+        *((1, Mode.TARGET_VERIFY, (2, 64, 20)), (1, Mode.TARGET_VERIFY, (3, 64, 20))),
+        *((1, Mode.DECODE, (2, 64, 20, 2)), (2, Mode.TARGET_VERIFY, (2, 64, 20, 2))),
+    ):
+        launched.append(form)
+        bench.refreshes(sized([numbers], False)[0], mode, {find("vectorized"): BOTH}, 0)
+    told.compilations = bench.compilations()
+    found = {(it.mode, it.steps): (it.sizes, it.kernels, it.compilations) for it in told.compilations}
+    assert found == {
+        ("decode", 1): (3, 1, 2),
+        ("target-verify", 1): (2, 1, 1),
+        ("decode", 2): (1, 1, 1),
+        ("target-verify", 2): (1, 1, 1),
+    }
+    *_, title, names, row, _, other, _, _ = lines(told, "cpu")
+    assert (title, other) == ("compiled by Triton over all sizes, S 1", "compiled by Triton over all sizes, S 2")
+    assert names.split() == ["implementation", "decode", "target-verify"]
+    assert [it.strip() for it in row.split("  ") if it.strip()] == [
+        *("vectorized", "2 of 1 kernel, 3 sizes", "1 of 1 kernel, 2 sizes")
+    ]
+    told.timings = [it for it in told.timings if it.mode == "decode"]
+    assert {it.mode for it in bench.compilations()} == {"decode"}

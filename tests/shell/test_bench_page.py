@@ -15,7 +15,7 @@ from shell.commands import invoke, refused
 from nsa_verify.shell import timing_page, timing_tables
 from nsa_verify.shell.options import Unable
 from nsa_verify.shell.timing_charts import Chart, charts
-from nsa_verify.shell.timings import EXPANSION, Rejected, Spread, Timing, Timings
+from nsa_verify.shell.timings import EXPANSION, Compilations, Rejected, Spread, Timing, Timings
 
 SMALL = ("bench", "--size", "2,64,20", "--mode", "decode", "-n", 20, "--repetitions", 3, "-w", 1)
 TWO = ("--only", "python-loop", "--only", "vectorized")
@@ -41,9 +41,15 @@ TIMINGS = [
 ]
 
 
+COMPILED = Compilations(
+    implementation="onepass", mode="decode", steps=2, schedule=False, sizes=3, kernels=1, compilations=1
+)
+
+
 def page_of(timings: list[Timing], device: str) -> str:
     """As the command makes it; ``mine`` was rejected."""
     told = Timings(device="H <200>", timings=timings, rejected=[Rejected("mine", "<disagrees>")])
+    told.compilations = [COMPILED]
     facts, tables = list(timing_tables.facts(told, device)), list(timing_tables.tables(told, device))
     return timing_page.page(told, device, facts, tables)
 
@@ -101,7 +107,9 @@ def test_the_page_has_everything_and_needs_nothing(device: str) -> None:
     ids = re.findall(r"\bid=\"([^\"]*)", page)
     assert {it.removeprefix("#") for it in references} <= set(ids)
     assert len(ids) == len(set(ids))
-    assert ("MB moved" in page) == (device == "cuda")
+    assert ("MB by extent" in page) == (device == "cuda")
+    assert "<h3>compiled by Triton over all sizes, S 2</h3>" in page
+    assert "<td>1 of 1 kernel, 3 sizes</td>" in page
 
 
 def test_nothing_timed_is_said() -> None:
