@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.status import Status
@@ -49,6 +53,21 @@ def _refuse_without_cuda(option: str, device: str) -> None:
         raise Unable(
             f"{option}: needs CUDA, and PyTorch sees no CUDA device here; take --sanitizer oob, which runs on the CPU"
         ) from error
+
+
+@contextmanager
+def interruptible(sanitizer: Sanitizer | None) -> Iterator[None]:
+    """Under a sanitizer SIGTERM is as Ctrl-C, if nobody handles it; without one the workers' engine sees to that."""
+    number = signal.SIGTERM
+    is_main = threading.current_thread() is threading.main_thread()
+    if sanitizer is None or not is_main or signal.getsignal(number) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Progress:
