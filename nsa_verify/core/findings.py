@@ -288,10 +288,10 @@ _SIDES: Final = {"live": "inside", "slack": "inside", "frame": "outside", "guard
 depends on the case, as one request's columns are another one's slack."""
 
 
-def symptom_of(code: Code, place: str) -> str:
-    """What two findings of one bug have in common: its place, and its code, where it makes no difference whether an
-    earlier replay or nothing was there before."""
-    return f"{Code.STALE if code is Code.POISON else code} {place}".rstrip()
+def symptom_of(code: Code, mode: Mode, place: str) -> str:
+    """What two findings of one bug have in common: its mode, its place, and its code, where it makes no difference
+    whether an earlier replay or nothing was there before."""
+    return f"{Code.STALE if code is Code.POISON else code} {mode} {place}".rstrip()
 
 
 class Finding(Struct, frozen=True, kw_only=True):
@@ -330,12 +330,12 @@ class Finding(Struct, frozen=True, kw_only=True):
 
     @property
     def symptom(self) -> str:
-        """Its code and place, as far as they tell bugs apart."""
-        return symptom_of(self.code, self.place)
+        """Its code, mode and place, as far as they tell bugs apart."""
+        return symptom_of(self.code, self.mode, self.place)
 
     def signature_in(self, detail: bool) -> Signature:
-        """``signature``, and in ``detail`` with the place, which keeps several bugs of one implementation apart."""
-        return self.signature._replace(place=self.place) if detail else self.signature
+        """``signature``; in ``detail`` with mode and place, which keep several bugs of one implementation apart."""
+        return self.signature._replace(place=self.place, mode=self.mode) if detail else self.signature
 
 
 class Signature(NamedTuple):
@@ -346,10 +346,12 @@ class Signature(NamedTuple):
     code: Code
     place: str = ""
     """The buffer and the kind of region, where findings are told apart in detail."""
+    mode: str = ""
+    """Likewise."""
 
     def __str__(self) -> str:
-        where = f" {self.place}" if self.place else ""
-        return f"{self.implementation} [{self.executor}] {self.code}{where}"
+        where = " ".join(filter(None, (self.mode, self.place)))
+        return f"{self.implementation} [{self.executor}] {self.code} {where}".rstrip()
 
 
 class Outcome(StrEnum):

@@ -7,36 +7,29 @@ that a later campaign goes on from is in the corpus after each slice.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterator
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from random import Random
-from typing import Any, Final
+from typing import Final
 
-import msgspec
-from msgspec import Struct
 from msgspec.structs import replace
 
-from nsa_verify.core.case import Mode
-from nsa_verify.core.findings import Finding, Outcome
+from nsa_verify.core.findings import Outcome
 from nsa_verify.core.labels import possible_pairs
+from nsa_verify.engine.closing import accepted, finished, open_cases
 from nsa_verify.engine.corpus import CorpusError, Entry, Kind, Provenance, SavedFinding, dumps, scan
+from nsa_verify.engine.crew import Deferred
 from nsa_verify.engine.events import (
-    CampaignFinished,
     CampaignStarted,
     CaseReplayed,
     CheckFailed,
     Disagreement,
     DisagreementSeen,
     Event,
-    Group,
-    Matrix,
+    Recovered,
     Reliability,
     RoundFinished,
     RunFinished,
@@ -44,18 +37,18 @@ from nsa_verify.engine.events import (
     SliceFinished,
     SliceStarted,
     StopReason,
-    Tally,
 )
 from nsa_verify.engine.exchange import Exchange, opened
 from nsa_verify.engine.filing import put_instead
 from nsa_verify.engine.keeping import entry_of, keep
 from nsa_verify.engine.messages import Hello
-from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.plan import Hint, Plan
 from nsa_verify.engine.record import Record, recorded, save_record
 from nsa_verify.engine.replaying import Replayed, Status, replay_saved
 from nsa_verify.engine.saving import search_and_save
 from nsa_verify.engine.sharing import Choice, choose
-from nsa_verify.engine.triage import Baseline, Bug, Saved, groups, measure
+from nsa_verify.engine.totals import Ask, Totals
+from nsa_verify.engine.triage import Bug, Saved, groups, measure
 
 CHANGE: Final = "change"
 BATCH: Final = "batch"
@@ -65,50 +58,10 @@ SLICES: Final = 20
 """Slices that a campaign is meant to have; each starts workers anew, and shrinks what it found."""
 SHORTEST_SLICE_S: Final = 20.0
 LONGEST_SLICE_S: Final = 600.0
+NOT_RUN: Final = "NOT RUN"
+"""Told of a saved case that nobody here can run."""
 RATE_POINTS: Final = 400
 """Points of the curve of cases over time that are kept."""
-
-
-class Ask(Struct, frozen=True, kw_only=True):
-    """A campaign's options. ``plan`` says what all its searches have in common, ``slice_s`` of 0 is chosen here."""
-
-    kind: str
-    plan: Plan
-    root: Path
-    budget_s: float
-    version: str
-    command: str
-    environment: dict[str, str] = {}
-    baseline: Baseline = Baseline()
-    slice_s: float = 0.0
-    database: str = ""
-    """What other campaigns share their cases through, as ``exchange.opened`` takes it."""
-
-
-class Totals(Struct):
-    """What the campaign gave so far."""
-
-    cases: int = 0
-    seconds: float = 0.0
-    replaced: int = 0
-    matrix: Matrix = msgspec.field(default_factory=Matrix)
-    tally: Tally = msgspec.field(default_factory=Tally)
-    rates: list[tuple[float, int]] = []
-    new: set[Bug] = set()
-    """Groups that this campaign found first."""
-    findings: dict[Bug, tuple[Finding, Reliability]] = {}
-    """What its own searches say of groups, in more detail than the corpus has."""
-    executors: dict[Bug, set[str]] = {}
-    failing: list[CaseReplayed] = []
-    """Regression cases that disagree again."""
-    fixed: set[Path] = set()
-    """Crashing cases that agree now."""
-    failed: set[Path] = set()
-    """Crashing cases that fail as they did."""
-    tried: set[str] = set()
-    """Groups whose case could not be shrunk; not tried again by this campaign."""
-    unknown: int = 0
-    problems: list[str] = []
 
 
 def campaign(ask: Ask) -> Iterator[Event]:
@@ -118,8 +71,7 @@ def campaign(ask: Ask) -> Iterator[Event]:
     """
     began = time.monotonic()
     totals = Totals()
-    asked: list[int] = []
-    with recorded(ask.root) as record, opened(ask.database) as exchange:
+    with Deferred() as deferred, recorded(ask.root) as record, opened(ask.database) as exchange:
         if not record.slices:
             record.seed = ask.plan.seed
         record.forget_all_but({str(bug) for bug in groups(ask.root)[0]})
@@ -134,17 +86,15 @@ def campaign(ask: Ask) -> Iterator[Event]:
             slices=record.slices,
             environment=ask.environment,
         )
-        with _deferred(asked):
-            yield from [exchange.begin(ask.root)] if exchange else []
+        yield from [exchange.begin(ask.root)] if exchange else []
         paths = [path for kind in (Kind.REGRESSION, Kind.CRASHING) for path in _files(ask.root / kind)]
-        stop = StopReason.INTERRUPTED if asked else (yield from _replay(ask, record, totals, paths, exchange))
+        stop = yield from _replay(ask, record, totals, paths, exchange)
         if stop is None:
-            stop = yield from _slices(ask, record, totals, began, exchange)
-        with _deferred([]):
-            if exchange and exchange.waiting:
-                yield exchange.go_on(ask.root, totals.fixed, take=False)
-                totals.problems.extend(exchange.unsent())
-            yield _finished(ask, record, totals, stop, time.monotonic() - began)
+            stop = yield from _slices(ask, record, totals, began, exchange, deferred)
+        if exchange and exchange.waiting:
+            yield exchange.go_on(ask.root, totals.fixed, take=False)
+            totals.problems.extend(exchange.unsent())
+        yield finished(ask, record, totals, stop, time.monotonic() - began)
 
 
 def _replay(
@@ -156,19 +106,21 @@ def _replay(
     now = _now()
     try:
         for told in replay_saved(replace(ask.plan, workers=min(ask.plan.workers, len(paths))), list(paths)):
-            if isinstance(told, Hello) or told.not_loaded:
+            if isinstance(told, Hello):
                 continue
-            event = CaseReplayed(told.path, told.status, told.entry.title if told.entry else "", told.problem)
+            entry, status = told.entry, NOT_RUN if told.not_loaded else told.status
+            bug = Bug.of(entry.finding) if entry is not None and entry.finding is not None else None
+            event = CaseReplayed(
+                told.path, status, entry.title if entry else "", told.problem, str(bug) if bug is not None else ""
+            )
             yield event
-            if told.status is Status.ERROR:
-                totals.problems.append(told.problem)
-            elif told.status is Status.FAILED:
+            if told.status is Status.FAILED:
                 _see_again(ask, record, totals, told, event, now)
-            elif _is_mended(told):
-                assert told.entry is not None
-                assert told.entry.finding is not None
+            elif told.status is Status.ERROR and not told.not_loaded:
+                totals.problems.append(told.problem)
+            elif bug is not None and told.path.is_relative_to(ask.root / Kind.CRASHING) and _is_mended(told):
                 totals.fixed.add(told.path)
-                record.unlearn(Bug.of(told.entry.finding))
+                record.unlearn(bug)
     except KeyboardInterrupt:
         return StopReason.INTERRUPTED
     if exchange:
@@ -189,7 +141,9 @@ def _see_again(ask: Ask, record: Record, totals: Totals, told: Replayed, event: 
             continue
         bug = Bug.of(SavedFinding.of(verdict.primary))
         group = bug if bug in known else record.same(bug, [it.symptom for it in verdict.findings], known)
-        if group is not None:  # else the case fails in another way, or elsewhere: a search is to find that
+        if group is None:  # the case fails in another way, or elsewhere: a search is to find and shrink that
+            totals.unclaimed.setdefault(bug, told.path)
+        else:
             totals.findings.setdefault(group, (verdict.primary, Reliability(1, 1)))
             if told.entry.finding is not None and group == Bug.of(told.entry.finding):
                 totals.failed.add(told.path)
@@ -211,19 +165,17 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _slices(
-    ask: Ask, record: Record, totals: Totals, began: float, exchange: Exchange | None
+    ask: Ask, record: Record, totals: Totals, began: float, exchange: Exchange | None, deferred: Deferred
 ) -> Generator[Event, None, StopReason]:
-    deadline = began + ask.budget_s
+    deadline = time.monotonic() + ask.budget_s
     length = ask.slice_s or min(max(ask.budget_s / SLICES, SHORTEST_SLICE_S), LONGEST_SLICE_S)
     loaded: tuple[str, ...] = ask.plan.only
     executors = ask.plan.executors
-    has: dict[str, tuple[Mode, ...]] = {}
-    asked: list[int] = []
     while (left := deadline - time.monotonic()) > 0:
         number = record.slices
         choice = Choice(ask.plan.modes, (), executors)
-        if executors:
-            choice = choose(record.shares, number, record.seed, ask.plan.modes, loaded, executors, has)
+        if totals.subjects:  # the first search has everything: each that was asked for is judged
+            choice = choose(record.shares, number, record.seed, ask.plan.modes, loaded, executors, totals.subjects)
         plan = _plan(ask, record, totals, choice, number, min(length, left))
         ended: RunFinished | None = None
         yield SliceStarted(number, plan.max_time_s, choice.modes, choice.implementations or loaded, choice.executors)
@@ -234,7 +186,7 @@ def _slices(
                     has_started = True
                     loaded = loaded or tuple(it.name for it in event.subjects)
                     executors = executors or event.executors
-                    has |= {it.name: it.modes for it in event.subjects}
+                    totals.subjects |= {it.name: it.modes for it in event.subjects}
                 elif isinstance(event, RunFinished):
                     ended = event
                 _listen(record, totals, plan, event, began)
@@ -246,16 +198,15 @@ def _slices(
         assert ended is not None
         totals.seconds = time.monotonic() - began
         choice = replace(choice, implementations=choice.implementations or loaded)
-        with _deferred(asked):
-            yield _count(ask, record, totals, choice, ended, plan)
-            told = [exchange.go_on(ask.root, totals.fixed)] if exchange else []
-            yield from told
-        if asked or ended.stop is StopReason.INTERRUPTED:
+        yield _count(ask, record, totals, choice, ended, plan)
+        told = [exchange.go_on(ask.root, totals.fixed)] if exchange else []
+        yield from told
+        if deferred.asked or ended.stop is StopReason.INTERRUPTED:
             return StopReason.INTERRUPTED
         stop = yield from _replay(ask, record, totals, [path for it in told for path in it.taken], exchange)
         if stop is not None:
             return stop
-        if ask.kind == CHANGE and totals.new - _accepted(ask, totals.new):
+        if ask.kind == CHANGE and totals.new - accepted(ask, totals.new):
             return StopReason.NEW
     return StopReason.TIME
 
@@ -267,27 +218,14 @@ def _listen(record: Record, totals: Totals, plan: Plan, event: Event, began: flo
         record.see_again(event.signature, _now())
     elif isinstance(event, CheckFailed):
         totals.unknown += 1
-
-
-@contextmanager
-def _deferred(asked: list[int]) -> Iterator[None]:
-    """Between two searches Ctrl-C and SIGTERM are noted in ``asked``; during a search they are the crew's."""
-    handlers: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        usual_handlers: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        for number, usual in usual_handlers.items():
-            if signal.getsignal(number) is usual:
-                handlers[number] = signal.signal(number, lambda it, _: asked.append(it))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    elif isinstance(event, Recovered):
+        totals.problems.extend(event.unsaved)
 
 
 def _plan(ask: Ask, record: Record, totals: Totals, choice: Choice, number: int, seconds: float) -> Plan:
     # A case that is as it was drawn, since its shrink was cut short, is to be shrunk when it is seen again.
-    as_drawn = {str(bug) for bug, saved in groups(ask.root)[0].items() if not any(_is_shrunk(it.entry) for it in saved)}
+    found = {bug: [it for it in saved if _is_shrunk(it.entry)] for bug, saved in groups(ask.root)[0].items()}
+    as_drawn = {str(bug) for bug, shrunk in found.items() if not shrunk}
     again = {bug: it.signatures for bug, it in record.sightings.items() if bug in as_drawn - totals.tried}
     known = {bug: it.signatures for bug, it in record.sightings.items() if bug not in again}
     return replace(
@@ -302,6 +240,7 @@ def _plan(ask: Ask, record: Record, totals: Totals, choice: Choice, number: int,
         detail=True,
         known=tuple(chain.from_iterable(known.values())),
         again=tuple(chain.from_iterable(again.values())),
+        hints=tuple(Hint(bug.signature, shrunk[0].entry.case) for bug, shrunk in found.items() if shrunk),
         until_new=ask.kind == CHANGE,
     )
 
@@ -310,7 +249,7 @@ def _saver(ask: Ask, record: Record, totals: Totals) -> Callable[[Disagreement, 
     def save(found: Disagreement, root: Path, provenance: Provenance) -> Disagreement:
         """One file for each group: the smaller of the case that it has and this one."""
         bug = Bug.of(SavedFinding.of(found.finding))
-        known = {it: _open(saved, totals) for it, saved in groups(root)[0].items()}
+        known = {it: open_cases(saved, totals) for it, saved in groups(root)[0].items()}
         known = {it: saved for it, saved in known.items() if saved}
         # What is accepted, or mended, stands for nothing but itself.
         others = [it for it in known if ask.baseline.accepts(it) is None]
@@ -338,14 +277,11 @@ def _saver(ask: Ask, record: Record, totals: Totals) -> Callable[[Disagreement, 
     return save
 
 
-def _open(saved: list[Saved], totals: Totals) -> list[Saved]:
-    """The cases of a group but for those that agree now."""
-    return [it for it in saved if it.path not in totals.fixed]
-
-
 def _replaced(found: Disagreement, root: Path, entry: Entry, older: Saved) -> Disagreement:
     """``found`` in the place of the group's case, if it is smaller than that, or shrunk and that is not."""
     path = older.path
+    first = replace(entry.provenance, date=older.entry.provenance.date or entry.provenance.date)
+    entry = replace(entry, provenance=first)
     if measure(entry) < measure(older.entry) or (_is_shrunk(entry) and not _is_shrunk(older.entry)):
         try:
             path = put_instead(root, older.path, older.entry, Kind.CRASHING, entry)
@@ -400,85 +336,6 @@ def _mark_rate(totals: Totals, seconds: float, cases: int) -> None:
     totals.rates.append((round(seconds, 1), cases))
     if len(totals.rates) > RATE_POINTS:
         totals.rates = totals.rates[::2]
-
-
-def _accepted(ask: Ask, bugs: set[Bug]) -> set[Bug]:
-    return {bug for bug in bugs if ask.baseline.accepts(bug) is not None}
-
-
-def _finished(ask: Ask, record: Record, totals: Totals, stop: StopReason, seconds: float) -> CampaignFinished:
-    found, problems = groups(ask.root)
-    here = {name for name, _, _ in totals.matrix.cells}
-    told = tuple(_group(ask, record, totals, bug, (_open(saved, totals) or saved)[0]) for bug, saved in found.items())
-    told = tuple(it for it in told if it.implementation in here or it.is_new)
-    open_groups = [it for it in told if not it.accepted and not it.is_fixed]
-    problems = [*totals.problems, *problems]
-    stray = () if open_groups else tuple(_stray(ask, totals, found))
-    code = 0
-    if open_groups or totals.failing or stray:
-        code = 1
-    elif problems or totals.unknown or totals.matrix.total(Outcome.UNKNOWN) or not totals.cases:
-        code = 2
-    if stop is StopReason.INTERRUPTED:
-        code = 130
-    return CampaignFinished(
-        stop=stop,
-        cases=totals.cases,
-        seconds=seconds,
-        matrix=totals.matrix,
-        tally=totals.tally.in_order(),
-        groups=told,
-        coverage=record.coverage,
-        replaced=totals.replaced,
-        exit_code=code,
-        failing=tuple(totals.failing),
-        stray=stray,
-        unknown=totals.unknown,
-        expired=tuple(f"{it} ({it.reason}; {it.expires})" for it in ask.baseline.expired()),
-        unmatched=tuple(f"{it} ({it.reason})" for it in ask.baseline.unmatched(found)),
-        problems=tuple(problems),
-        rates=tuple(totals.rates),
-    )
-
-
-def _stray(ask: Ask, totals: Totals, found: Iterable[Bug]) -> Iterator[str]:
-    """Disagreements that no open group and no entry of the baseline stands for: nothing is to be green over them."""
-    accepted = [(bug.implementation, entry.mode) for bug in found if (entry := ask.baseline.accepts(bug)) is not None]
-    counts: Counter[tuple[str, Mode]] = Counter()
-    for (implementation, _, mode), cell in totals.matrix.cells.items():
-        counts[implementation, mode] += cell.disagree
-    for (implementation, mode), count in sorted(counts.items()):
-        if count and (implementation, "") not in accepted and (implementation, mode) not in accepted:
-            yield f"{implementation} disagreed in {mode}, in {count} cases, and no group stands for it"
-
-
-def _group(ask: Ask, record: Record, totals: Totals, bug: Bug, saved: Saved) -> Group:
-    finding, reliability = totals.findings.get(bug, (None, None))
-    origin = saved.entry.provenance
-    accepted = ask.baseline.accepts(bug)
-    sighting = record.sightings.get(str(bug))
-    return Group(
-        implementation=bug.implementation,
-        code=bug.code,
-        mode=bug.mode,
-        place=bug.place,
-        path=saved.path,
-        case=saved.entry.case,
-        finding=finding or _finding_of(saved),
-        executors=tuple(sorted(totals.executors.get(bug, {saved.finding.executor}))),
-        first_seen=origin.date or (sighting.first_seen if sighting else ""),
-        last_seen=sighting.last_seen if sighting else origin.date,
-        seen=sighting.seen if sighting else 0,
-        reliability=reliability or Reliability(origin.failed or 0, origin.attempts or 0),
-        is_new=bug in totals.new,
-        is_fixed=saved.path in totals.fixed and bug not in totals.findings,
-        accepted=accepted.reason if accepted else "",
-    )
-
-
-def _finding_of(saved: Saved) -> Finding:
-    """What the corpus has of it."""
-    return Finding(**{name: getattr(saved.finding, name) for name in SavedFinding.__struct_fields__})
 
 
 def _now() -> str:

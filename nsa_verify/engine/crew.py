@@ -51,12 +51,41 @@ class Promise(Generic[T]):
         return self.future.result()
 
 
+class Deferred:
+    """While it is entered, and no crew is, Ctrl-C and SIGTERM are noted in ``asked``; a second one interrupts.
+
+    Whoever has handlers of his own, or calls from another thread, keeps what he has.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __call__(self, _: int, __: FrameType | None) -> None:
+        """Be the handler."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number, usual in _SIGNALS.items():
+                if signal.getsignal(number) is usual:
+                    self._before[number] = signal.signal(number, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+
 class BaseCrew(ABC):
     """``submit`` work, get promises; who does it is the business of those that inherit.
 
     While the crew is entered the first Ctrl-C or SIGTERM asks the work to end with what it has and sets
     ``interrupted``; a second one, or one that comes before the workers are up, is a ``KeyboardInterrupt`` wherever it
-    strikes. A searcher that is killed from outside is replaced, and what it did is begun again.
+    strikes, as is one that was ``Deferred`` before. A searcher that is killed from outside is replaced, and what it did
+    is begun again.
     """
 
     WERE_KILLED: ClassVar[str]
@@ -138,8 +167,11 @@ class BaseCrew(ABC):
         searcher.stop(False)
         # Whoever has a handler of his own, or calls from another thread, keeps what he has.
         if threading.current_thread() is threading.main_thread():
-            for number, usual in _SIGNALS.items():
-                if signal.getsignal(number) is usual:
+            handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+            if any(isinstance(it, Deferred) and it.asked for it in handlers.values()):
+                raise KeyboardInterrupt
+            for number, handler in handlers.items():
+                if handler is _SIGNALS[number] or isinstance(handler, Deferred):
                     self._handlers[number] = signal.signal(number, self._on_interrupt)
         return self
 

@@ -149,7 +149,11 @@ class Observed(Struct, frozen=True):
 
 class RoundFinished(Struct, frozen=True):
     """A round of cases was judged. ``cases_done`` counts all rounds so far; ``digest`` identifies its cases, ``spent``
-    says what took how many seconds. ``observed`` has every case of it, if that was asked for."""
+    says what took how many seconds. ``observed`` has every case of it, if that was asked for.
+
+    ``pairs`` counts the pairs of labels that the search has met so far, if they are counted, ``replaced`` the workers
+    that died so far.
+    """
 
     round: int
     cases: int
@@ -157,6 +161,8 @@ class RoundFinished(Struct, frozen=True):
     digest: str
     spent: dict[str, float] = {}
     observed: tuple[Observed, ...] = ()
+    pairs: int = 0
+    replaced: int = 0
 
 
 class DisagreementSeen(Struct, frozen=True):
@@ -213,6 +219,7 @@ class Recovered(Struct, frozen=True):
 
     ``saved`` are findings that they had reported, in the corpus now; ``judged`` cases that were in flight are judged
     again first of all; ``waiting`` is how many were not, because ``missing`` implementations are not loaded.
+    ``unsaved`` says of findings that they had reported why they are not in the corpus: the run cannot be green.
     """
 
     saved: tuple[Path, ...]
@@ -220,6 +227,7 @@ class Recovered(Struct, frozen=True):
     waiting: int
     missing: tuple[str, ...]
     problems: tuple[str, ...]
+    unsaved: tuple[str, ...] = ()
 
 
 class Exchanged(Struct, frozen=True):
@@ -286,12 +294,16 @@ class CampaignStarted(Struct, frozen=True):
 
 
 class CaseReplayed(Struct, frozen=True):
-    """A saved case was run again before anything was drawn: FIXED, FAILED or ERROR, and of an ERROR the reason."""
+    """A saved case was run again before anything was drawn: FIXED, FAILED, ERROR or NOT RUN, and of the last two why.
+
+    ``group`` is that of its finding (``str`` of a ``Bug``), if it has one.
+    """
 
     path: Path
     status: str
     title: str = ""
     problem: str = ""
+    group: str = ""
 
 
 class SliceStarted(Struct, frozen=True):
@@ -330,6 +342,8 @@ class Group(Struct, frozen=True, kw_only=True):
     case: Case
     finding: Finding
     executors: tuple[str, ...]
+    modes: tuple[Mode, ...]
+    """In which it was seen, that of the minimal case among them."""
     first_seen: str
     last_seen: str
     seen: int

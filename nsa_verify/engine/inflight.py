@@ -51,11 +51,15 @@ class Interrupted(Struct, frozen=True):
 
 
 class Left(Struct):
-    """What killed runs left: cases that were in flight, findings that are in the corpus now, and what was wrong."""
+    """What killed runs left: cases that were in flight, findings that are in the corpus now, and what was wrong.
+
+    ``unsaved`` says of findings why they are not in the corpus; their files stay.
+    """
 
     interrupted: list[Interrupted] = []
     saved: list[Path] = []
     problems: list[str] = []
+    unsaved: list[str] = []
 
 
 class RunFolder:
@@ -156,7 +160,7 @@ def _save_findings(root: Path, folder: Path, left: Left) -> None:
             entry = load(path)
             left.saved.append(save(root, Kind.CRASHING, entry, path.stem))
         except CorpusError as error:
-            left.problems.append(str(error))
+            left.unsaved.append(str(error))
         else:
             path.unlink()
 
@@ -172,7 +176,7 @@ def _interrupted(folder: Path, left: Left) -> Iterator[Interrupted]:
                 continue
             task = batch.tasks[mark.job]
             pair = task.pairs[mark.pair] if 0 <= mark.pair < len(task.pairs) else None
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
+        except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
             left.problems.append(f"{path}: cannot be read: {error}; it was removed, no finding is lost")
             with suppress(OSError):
                 path.unlink()
@@ -182,7 +186,7 @@ def _interrupted(folder: Path, left: Left) -> Iterator[Interrupted]:
     for path in sorted(folder.glob("*.case")):
         try:
             case, pair = msgspec.json.decode(path.read_bytes(), type=tuple[Case, Pair | None])
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
             left.problems.append(f"{path}: cannot be read: {error}; it was removed, no finding is lost")
             path.unlink(missing_ok=True)
             continue

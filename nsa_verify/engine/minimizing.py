@@ -194,7 +194,7 @@ def _does_not_show(looked: _Looking) -> Shrunk:
     assert looked.verdict is not None
     primary = looked.verdict.primary
     if primary is not None:
-        shown = f"fails otherwise than when it was saved: {primary.signature_in(True)}, {primary.mode}"
+        shown = f"fails otherwise than when it was saved: {primary.signature_in(True)}"
         return Shrunk(Result.OTHER, probes=looked.probes, reason=shown)
     if looked.verdict.outcome is Outcome.AGREE:
         return Shrunk(Result.FIXED, probes=looked.probes)

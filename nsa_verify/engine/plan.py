@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from hashlib import sha256
 from random import Random
-from typing import Final
+from typing import Final, NamedTuple
 
 from msgspec import Struct
 
-from nsa_verify.core.case import Mode
+from nsa_verify.core.case import Case, Mode
 from nsa_verify.core.findings import Signature
 
 ROUND_CASES: Final = 10
@@ -26,6 +26,13 @@ LEG_ROUNDS: Final = ((0, 1), (100, 4), (1000, 16))
 
 EAGER: Final = "eager"
 """The executor that calls implementations directly; the others replay captured graphs."""
+
+
+class Hint(NamedTuple):
+    """The minimal case of a signature under any executor, ``Signature.mode`` and ``place`` as there."""
+
+    signature: Signature
+    case: Case
 
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -83,6 +90,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     """What earlier runs have shrunk and kept: seen again, it is told, and neither shrunk nor kept."""
     again: tuple[Signature, ...] = ()
     """What earlier runs have kept as it was drawn: seen again, it is shrunk and kept, and is not new."""
+    hints: tuple[Hint, ...] = ()
+    """Minimal cases that earlier runs have kept, to be tried first when what may be the same bug is shrunk."""
     until_new: bool = False
     """Whether no more is drawn once something was seen that is neither ``known`` nor to be shrunk ``again``."""
     blind: tuple[str, ...] = ()

@@ -152,7 +152,7 @@ def _read(path: Path) -> Record:
         return msgspec.json.decode(path.read_bytes(), type=Record)
     except FileNotFoundError:
         return Record()
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         sentence = f"{path}: cannot be read: {error}; remove it: counts begin again, and no saved case is lost"
         raise CorpusError(sentence) from error
 

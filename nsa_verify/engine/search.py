@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Final
 
-from nsa_verify.core.case import Case
+from nsa_verify.core.case import Case, Mode
 from nsa_verify.core.findings import Code, Signature
 from nsa_verify.core.labels import Coverage
 from nsa_verify.engine.cluster import crew_of
@@ -40,6 +40,7 @@ from nsa_verify.engine.plan import ROUND_CASES, Plan, digest
 from nsa_verify.engine.process import EngineError
 from nsa_verify.engine.searcher import DEATHS, RoundResult, Seen, judge_again, run_rounds
 from nsa_verify.engine.shrinking import ShrinkResult, shrink
+from nsa_verify.engine.transferring import transferred
 
 Keep = Callable[[Disagreement], Disagreement]
 """Saves a disagreement and returns it with its path, or with the problem that prevented saving."""
@@ -147,9 +148,15 @@ def _recovered(
     loaded = {it.name for it in crew.said.subjects}
     here = [it for it in left.interrupted if it.pair is None or it.pair[0] in loaded]
     missing = {it.pair[0] for it in left.interrupted if it.pair is not None} - loaded
-    if left.interrupted or left.saved or left.problems:
-        waiting = len(left.interrupted) - len(here)
-        yield Recovered(tuple(left.saved), len(here), waiting, tuple(sorted(missing)), tuple(left.problems))
+    if left.interrupted or left.saved or left.problems or left.unsaved:
+        yield Recovered(
+            saved=tuple(left.saved),
+            judged=len(here),
+            waiting=len(left.interrupted) - len(here),
+            missing=tuple(sorted(missing)),
+            problems=tuple(left.problems),
+            unsaved=tuple(left.unsaved),
+        )
     for it in here:
         promise = crew.submit(judge_again, plan, it.case)
         result = crew.result(*crew.wait([promise]))
@@ -209,7 +216,16 @@ def _round(plan: Plan, state: _State, result: RoundResult, note: Callable[[Disag
             pair = it.finding.implementation, it.finding.executor
             state.deaths[pair] += DEATHS_BORNE if it.finding.code is Code.HANG else 1
     said = digest([f"{pair} {said}" for pair, said in sorted(result.digests.items())])
-    yield RoundFinished(result.index, result.cases, state.cases, said, result.spent, tuple(result.observed))
+    yield RoundFinished(
+        round=result.index,
+        cases=result.cases,
+        cases_done=state.cases,
+        digest=said,
+        spent=result.spent,
+        observed=tuple(result.observed),
+        pairs=len(state.coverage.counts),
+        replaced=state.replaced,
+    )
     for unjudged in result.unjudged:
         verdict = unjudged.verdict
         yield CheckFailed(verdict.implementation, verdict.executor, verdict.reason, unjudged.case)
@@ -226,11 +242,12 @@ def _round(plan: Plan, state: _State, result: RoundResult, note: Callable[[Disag
 def _shrinks(plan: Plan, crew: BaseCrew, state: _State, keep: Keep) -> Iterator[Event]:
     """Shrink each signature, several at a time, until Ctrl-C.
 
-    What one executor's case was shrunk to is tried first for the other executors that gave the same code.
+    What one executor's case was shrunk to is tried first for the other executors that gave the same code; and moved to
+    their modes, for those.
     """
     waiting = _to_shrink(plan, state)
     running: dict[Promise[ShrinkResult | None], Signature] = {}
-    minimal: dict[tuple[str, Code, str], Case] = {}
+    minimal = {hint.signature._replace(executor=""): hint.case for hint in reversed(plan.hints)}
     while True:
         if crew.interrupted:
             waiting, state.stop = [], StopReason.INTERRUPTED
@@ -243,7 +260,7 @@ def _shrinks(plan: Plan, crew: BaseCrew, state: _State, keep: Keep) -> Iterator[
             busy.add(_bug(signature))
             yield Shrinking(signature)
             index, seen = state.first[signature]
-            promise = crew.submit(shrink, plan, index, seen, minimal.get(_bug(signature)))
+            promise = crew.submit(shrink, plan, index, seen, _hints(signature, minimal))
             running[promise] = signature
         if not running:
             return
@@ -255,15 +272,26 @@ def _shrinks(plan: Plan, crew: BaseCrew, state: _State, keep: Keep) -> Iterator[
                 if result.stopped:
                     crew.stop()
                 elif result.stable and not result.before:
-                    minimal.setdefault(_bug(signature), result.case)
+                    minimal.setdefault(signature._replace(executor=""), result.case)
             note = "the shrink was interrupted" if crew.interrupted else ""
             state.kept.add(signature)
             yield keep(_minimal(state.first[signature][1], result, note))
 
 
-def _bug(signature: Signature) -> tuple[str, Code, str]:
-    """What the signatures of several executors have in common."""
-    return signature.implementation, signature.code, signature.place
+def _bug(signature: Signature) -> Signature:
+    """What signatures have in common that may be one bug, under several executors or in several modes."""
+    return signature._replace(executor="", mode="")
+
+
+def _hints(signature: Signature, minimal: Mapping[Signature, Case]) -> tuple[Case, ...]:
+    """Of the ``minimal`` cases, by signature without executor, what may show ``signature`` too, likeliest first."""
+    found: list[Case] = []
+    for known, case in minimal.items():
+        if known == signature._replace(executor=""):
+            found.insert(0, case)
+        elif _bug(known) == _bug(signature):
+            found += transferred(case, Mode(known.mode), Mode(signature.mode))
+    return tuple(found)
 
 
 def _to_shrink(plan: Plan, state: _State) -> list[Signature]:

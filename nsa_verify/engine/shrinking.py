@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from nsa_verify.core.case import Case, size_of
-from nsa_verify.core.findings import Code, Finding, Picture, Signature, Verdict
+from nsa_verify.core.case import Case, Mode, size_of
+from nsa_verify.core.findings import Code, Finding, Picture, Signature, Verdict, symptom_of
 from nsa_verify.engine.drawing import shrink_round
 from nsa_verify.engine.events import Reliability
 from nsa_verify.engine.isolation import Inside, Keeper
@@ -15,6 +15,7 @@ from nsa_verify.engine.messages import Task
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.searcher import DEATHS, Seen, keeper_of, stopping
 from nsa_verify.engine.simplifying import simplified
+from nsa_verify.engine.transferring import transferred
 
 RELIABILITY_RUNS = 5
 SIMPLIFYING_PROBES = 200
@@ -43,18 +44,18 @@ class ShrinkResult(Struct):
     before: list[Case] = []
     """Cases to run first, for a death that does not come alone."""
     symptoms: list[str] = []
-    """Everything that the case shows, ``Finding.symptom`` of each."""
+    """Everything that the case shows, in detail also which of that in other modes, ``Finding.symptom`` of each."""
     pictures: tuple[Picture, ...] = ()
     """Empty if the plan does not ask for them."""
 
 
-def shrink(plan: Plan, index: int, seen: Seen, hint: Case | None = None) -> ShrinkResult | None:
+def shrink(plan: Plan, index: int, seen: Seen, hints: Sequence[Case] = ()) -> ShrinkResult | None:
     """The smallest case found that shows what was ``seen``, starting from round ``index``, which showed it; for a death
     that does not come alone, the shortest sequence that ends in it.
 
     Only the accused implementation is run, each probe in a worker that is alive and well. None if the round, run again,
-    did not show it. ``hint`` is the minimal case of the same bug under another executor: if it shows it here, it is
-    the minimal case here.
+    did not show it. ``hints`` are minimal cases of what may be the same bug, under another executor or moved from
+    another mode: the first that shows it here is the minimal case here.
     """
     if seen.before:
         return _shorten(plan, seen)
@@ -64,7 +65,7 @@ def shrink(plan: Plan, index: int, seen: Seen, hint: Case | None = None) -> Shri
     # Whether it disagrees every time is asked of the minimal case alone; and of all, if that shows something else then.
     for rerun in (False, True) if signature.code not in UNSETTLED else (True,):
         tried = _Probes(plan, signature, rerun)
-        tried.shrink(index, hint)
+        tried.shrink(index, hints)
         probes += tried.count
         if not tried.shown or tried.stopped or rerun:
             break
@@ -77,6 +78,9 @@ def shrink(plan: Plan, index: int, seen: Seen, hint: Case | None = None) -> Shri
     case, verdict = tried.minimal
     reliability = _reliability(keeper, case, signature)
     drawn = pictures_of(plan, case, signature) if plan.pictures and not tried.stopped else ()
+    symptoms = [it.symptom for it in verdict.findings]
+    if plan.detail and not tried.stopped:
+        symptoms += _symptoms_elsewhere(keeper, case, verdict.findings)
     return ShrinkResult(
         case=case,
         finding=verdict.findings[0],
@@ -85,7 +89,7 @@ def shrink(plan: Plan, index: int, seen: Seen, hint: Case | None = None) -> Shri
         reliability=reliability,
         stopped=tried.stopped,
         replaced=keeper.replaced - replaced,
-        symptoms=[it.symptom for it in verdict.findings],
+        symptoms=symptoms,
         pictures=drawn,
     )
 
@@ -106,10 +110,10 @@ class _Probes:
         astray, ends anywhere, and gives the smallest."""
         return self.shown[-1] if self.stable and not self.stopped else self.shown[0]
 
-    def shrink(self, index: int, hint: Case | None) -> None:
-        """Start from round ``index``, unless ``hint`` shows it."""
+    def shrink(self, index: int, hints: Sequence[Case]) -> None:
+        """Start from round ``index``, unless one of ``hints`` shows it."""
         try:
-            if hint is None or not self.shows(hint):
+            if not any(self.shows(hint) for hint in hints):
                 self.stable = shrink_round(self._plan, keeper_of(self._plan).hello().device, index, self.shows)
                 # What kills or hangs takes its time with every probe.
                 if self.stable and self.shown and self._signature.code not in DEATHS:
@@ -130,6 +134,22 @@ class _Probes:
     def is_it(self, verdict: Verdict) -> bool:
         """Whether the primary finding is what is looked for."""
         return verdict.primary is not None and verdict.primary.signature_in(self._plan.detail) == self._signature
+
+
+def _symptoms_elsewhere(keeper: Keeper | Inside, case: Case, findings: Sequence[Finding]) -> list[str]:
+    """Which of ``findings`` the ``case`` shows in other modes too; what else it shows there is another bug."""
+    primary = findings[0]
+    pair = (primary.implementation, primary.executor)
+    here = {symptom_of(it.code, primary.mode, it.place) for it in findings}
+    found: dict[str, None] = {}
+    for mode in Mode:
+        for moved in transferred(case, primary.mode, mode) if mode is not primary.mode else ():
+            if stopping():
+                break
+            verdict = keeper.judge_whatever(moved, pair, primary.code in DEATHS)
+            shown = [it for it in verdict.findings if symptom_of(it.code, primary.mode, it.place) in here]
+            found |= dict.fromkeys(it.symptom for it in shown)
+    return list(found)
 
 
 def pictures_of(plan: Plan, case: Case, signature: Signature) -> tuple[Picture, ...]:

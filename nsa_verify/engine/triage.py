@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 
 from nsa_verify.core.case import Mode, size_of
-from nsa_verify.core.findings import Code, symptom_of
+from nsa_verify.core.findings import Code, Signature, symptom_of
 from nsa_verify.engine.corpus import CorpusError, Entry, Kind, SavedFinding, load, scan
 
 
@@ -35,9 +35,14 @@ class Bug(NamedTuple):
         return cls(finding.implementation, finding.code, finding.mode, finding.place)
 
     @property
+    def signature(self) -> Signature:
+        """What its findings have under every executor."""
+        return Signature(self.implementation, "", self.code, self.place, self.mode)
+
+    @property
     def symptom(self) -> str:
         """``Finding.symptom`` of its minimal finding."""
-        return symptom_of(self.code, self.place)
+        return symptom_of(self.code, self.mode, self.place)
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.implementation, self.code, self.mode, self.place)))
@@ -115,7 +120,7 @@ class Baseline(NamedTuple):
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise CorpusError(f"{path}: cannot be read: {error.strerror}; check the path of --baseline") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise CorpusError(f"{path}: not valid TOML: {error}; correct it") from error
         tables = content.get("accepted", [])
         if content.keys() - {"accepted"} or not isinstance(tables, list):

@@ -13,8 +13,9 @@ from nsa_verify import __version__
 from nsa_verify.core.case import Mode
 from nsa_verify.core.findings import Code, Outcome
 from nsa_verify.core.registry import ImplementationError
+from nsa_verify.engine.closing import untested
 from nsa_verify.engine.corpus import CorpusError, check_writable
-from nsa_verify.engine.events import Disagreement, Event, RunFinished, RunStarted, StopReason
+from nsa_verify.engine.events import Disagreement, Event, Recovered, RunFinished, RunStarted, StopReason
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.process import EngineError
 from nsa_verify.engine.saving import search_and_save
@@ -45,7 +46,7 @@ def cli() -> None:
 @cli.command()
 @opt.together(opt.IMPL, opt.ONLY, opt.MODE, opt.EXECUTOR, opt.DEVICE)
 @click.option("-n", "--max-examples", type=click.IntRange(1), help="Cases to draw. [default: the profile's]")
-@click.option("--seed", type=click.IntRange(0), help="The same seed draws the same cases. [default: random]")
+@click.option("--seed", type=opt.SEEDS, help="The same seed draws the same cases. [default: random]")
 @click.option(
     "--max-time", default="0", metavar="TIME", help="Stop drawing after 90, 90s, 15m or 6h. [default: no limit]"
 )
@@ -132,6 +133,8 @@ def _listen(plan: Plan, root: Path, reporter: Reporter) -> tuple[ExitCode, str]:
                 started = event
             elif isinstance(event, RunFinished):
                 finished = event
+            elif isinstance(event, Recovered):
+                unsaved.extend(event.unsaved)
             elif isinstance(event, Disagreement) and event.problem:
                 unsaved.append(event.problem)
     except KeyboardInterrupt:
@@ -173,17 +176,10 @@ def exit_code(finished: RunFinished, started: RunStarted, plan: Plan, unsaved: S
         return ExitCode.DISAGREE, ""
     if finished.matrix.total(Outcome.UNKNOWN):
         return ExitCode.UNABLE, "some verdicts are unknown: the check itself failed, see above"
-    judged = {name for (name, _, _), cell in finished.matrix.cells.items() if cell.cases}
-    idle = [subject.name for subject in started.subjects if subject.name not in judged]
     more = "give it more time" if finished.stop is StopReason.TIME else "draw more cases, or other modes with --mode"
-    refused = {name for (name, _, _), cell in finished.matrix.cells.items() if cell.not_capturable}
-    if idle and refused.issuperset(idle):
-        more = "declared not capturable, so give --executor eager"
-    if not judged:
-        return ExitCode.UNABLE, f"nothing was tested; {more}"
-    if idle and (plan.references or plan.only):
-        return ExitCode.UNABLE, f"no case was applicable to {', '.join(idle)}; {more}"
-    return ExitCode.AGREE, ""
+    names = [it.name for it in started.subjects]
+    problem = untested(finished.matrix, names, bool(plan.references or plan.only), more)
+    return (ExitCode.UNABLE, problem) if problem else (ExitCode.AGREE, "")
 
 
 @cli.command()

@@ -13,11 +13,12 @@ from click.core import ParameterSource
 from nsa_verify import __version__
 from nsa_verify.core.registry import ImplementationError
 from nsa_verify.engine import cluster
-from nsa_verify.engine.campaign import BATCH, CHANGE, Ask, campaign
+from nsa_verify.engine.campaign import BATCH, CHANGE, campaign
 from nsa_verify.engine.corpus import CorpusError, check_writable
 from nsa_verify.engine.events import CampaignFinished, Disagreement, Event
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.process import EngineError
+from nsa_verify.engine.totals import Ask
 from nsa_verify.engine.triage import Baseline
 from nsa_verify.shell import options as opt
 from nsa_verify.shell.corpus_commands import prune_corpus
@@ -34,7 +35,12 @@ PRUNE: Final = "prune"
 
 
 @click.command()
-@click.option("--max-time", metavar="TIME", help="How long: 90s, 15m or 6h. [default: 10m for change, 6h for batch]")
+@click.option(
+    "--max-time",
+    metavar="TIME",
+    callback=opt.not_empty,
+    help="How long: 90s, 15m or 6h. [default: 10m for change, 6h for batch]",
+)
 @click.option(
     "--mode",
     "kind",
@@ -43,17 +49,21 @@ PRUNE: Final = "prune"
     help="batch uses all of its time; change ends at the first finding that is new; prune draws nothing, and does what"
     " corpus minimize and corpus prune do. [default: batch]",
 )
-@click.option("--baseline", metavar="FILE", help="Findings that are accepted until a date; see docs/nightly.md.")
+@click.option(
+    "--baseline",
+    metavar="FILE",
+    callback=opt.not_empty,
+    help="Findings that are accepted until a date; see docs/nightly.md.",
+)
 @click.option(
     "--slice", "slice_time", default="0", metavar="TIME", help="How long each search is. [default: by --max-time]"
 )
-@click.option(
-    "--seed", type=click.IntRange(0), help="Of a new campaign; one that goes on keeps its own. [default: random]"
-)
+@click.option("--seed", type=opt.SEEDS, help="Of a new campaign; one that goes on keeps its own. [default: random]")
 @click.option(
     "--database",
     default="",
     envvar="NSA_VERIFY_DATABASE",
+    callback=opt.not_empty,
     metavar="URL|DIR",
     help="Share minimal cases with campaigns on other machines: redis://host:port/number (needs nsa-verify[redis]), or"
     " a folder that all of them have.",
@@ -188,8 +198,6 @@ def _listen(ask: Ask, reporter: Reporter) -> tuple[ExitCode, str]:
     problem = ""
     if code is ExitCode.UNABLE:
         problem = next(iter(finished.problems), "some verdicts are unknown: the check itself failed, see above")
-        if not finished.cases and not finished.problems:
-            problem = "nothing was tested; give it more time with --max-time"
     return code, problem
 
 

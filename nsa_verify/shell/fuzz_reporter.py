@@ -50,6 +50,7 @@ class FuzzReporter:
         self._seen: set[Signature] = set()
         self._paths: set[Path | None] = set()
         self._pairs = ""
+        self._slice_pairs = self._slice_replaced = 0
         self._replayed: dict[str, int] = {}
 
     def handle(self, event: Event) -> None:
@@ -66,6 +67,7 @@ class FuzzReporter:
                 self._executors |= dict.fromkeys(event.executors)
             case RoundFinished():
                 self._slice_cases = event.cases_done
+                self._slice_pairs, self._slice_replaced = event.pairs, event.replaced
                 self._show_progress()
             case DisagreementSeen():
                 if event.signature not in self._seen:
@@ -111,8 +113,9 @@ class FuzzReporter:
 
     def _replay(self, event: CaseReplayed) -> None:
         self._replayed[event.status] = self._replayed.get(event.status, 0) + 1
-        if event.status != "FIXED":
-            self._line(f"{event.status:6} {event.path}{f': {event.problem}' if event.problem else ''}", "yellow")
+        if event.status not in ("FIXED", "NOT RUN"):  # those are counted
+            problem = event.problem.removeprefix(f"{event.path}: ")
+            self._line(f"{event.status:6} {event.path}{f': {problem}' if problem else ''}", "yellow")
 
     def _begin_slice(self, event: SliceStarted) -> None:
         if self._replayed:
@@ -130,8 +133,10 @@ class FuzzReporter:
         cases = self._cases + self._slice_cases
         rate = cases / seconds if seconds else 0.0
         told = f"{counted(cases, 'case')}, {rate:.1f}/s, {counted(len(self._paths), 'new finding')}{self._pairs}"
-        if self._replaced:
-            told += f", {counted(self._replaced, 'worker')} replaced"
+        if self._slice_pairs:
+            told += f", {counted(self._slice_pairs, 'label pair')} in this search"
+        if replaced := self._replaced + self._slice_replaced:
+            told += f", {counted(replaced, 'worker')} replaced"
         if not self._out.is_terminal:
             if time.monotonic() - self._last_line > PLAIN_PROGRESS_EVERY_S:
                 self._last_line = time.monotonic()
@@ -153,6 +158,7 @@ class FuzzReporter:
 
     def _end_slice(self, event: SliceFinished) -> None:
         self._cases, self._slice_cases, self._replaced = event.cases, 0, event.replaced
+        self._slice_pairs = self._slice_replaced = 0
         self._pairs = f", {event.pairs} of {event.possible_pairs} label pairs"
         if not self._out.is_terminal:
             pairs = counted(event.new_pairs, "new label pair")
@@ -198,7 +204,8 @@ class FuzzReporter:
         seen = f"first seen {group.first_seen}, last {group.last_seen}, in {_searches(group.seen)}"
         runs = group.reliability
         again = f"; disagreed in {runs.disagreed} of {runs.runs} runs" if runs.runs else ""
-        self._line(f"  {', '.join(group.executors)}; {seen}{again}")
+        also = f"; also in {', '.join(others)}" if (others := [it for it in group.modes if it != group.mode]) else ""
+        self._line(f"  {', '.join(group.executors)}{also}; {seen}{again}")
         if group.accepted:
             self._line(f"  accepted: {group.accepted}")
         if group.is_fixed:

@@ -48,7 +48,7 @@ class Summary(Struct, kw_only=True):
 
 @click.command()
 @ONLY
-@click.option("--seed", type=click.IntRange(0), default=0, help="The same seed draws the same cases. [default: 0]")
+@click.option("--seed", type=opt.SEEDS, default=0, help="The same seed draws the same cases. [default: 0]")
 @click.option(
     "--max-cases", type=click.IntRange(1), default=500, help="A mutant that lives longer survives. [default: 500]"
 )

@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import Any, Final, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from nsa_verify.core.case import Mode
 from nsa_verify.core.sanitizers import Sanitizer
@@ -88,6 +89,13 @@ IMPL = click.option(
 ONLY = click.option("--only", multiple=True, metavar="NAME", help="Run this implementation only; may be repeated.")
 
 
+def not_empty(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuse ``--option ""``, which an unset variable of a shell becomes, and which would pass for no option at all."""
+    if value == "" and context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE:
+        raise click.BadParameter("is empty; leave it out, or give it a value", param=parameter)
+    return value
+
+
 def _modes(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Mode, ...]:
     """Modes however they are spelt: ``draft-extend``, ``DRAFT_EXTEND``."""
     try:
@@ -114,6 +122,8 @@ EXECUTOR = click.option(
     help="How implementations are driven: called (eager), or captured in a CUDA graph and replayed (graph on CUDA, "
     "simulated-graph on the CPU); may be repeated. [default: all that the device has]",
 )
+SEEDS: Final = click.IntRange(0, 2**64 - 1)
+"""What ``--seed`` may be: plans travel between processes, and tensors are drawn, with 64 bits."""
 DEVICE = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -138,6 +148,7 @@ ENGINE = click.option(
 RAY_ADDRESS = click.option(
     "--ray-address",
     default="",
+    callback=not_empty,
     metavar="HOST:PORT",
     help="The Ray cluster; auto is the one that runs on this machine, local one for this run alone."
     " [default: RAY_ADDRESS, else auto]",
@@ -153,6 +164,7 @@ CORPUS = click.option(
     "--corpus",
     default="corpus",
     envvar="NSA_VERIFY_CORPUS",
+    callback=not_empty,
     metavar="DIR",
     help="The folder of saved cases. [default: corpus]",
 )

@@ -189,7 +189,7 @@ class TerminalReporter:
             self._line(
                 f"{counted(event.waiting, 'case')} in flight when a run was killed: waiting for {missing} (--impl)"
             )
-        for problem in event.problems:
+        for problem in (*event.problems, *event.unsaved):
             self._line(problem, "yellow")
 
     def _exchanged(self, event: Exchanged) -> None:

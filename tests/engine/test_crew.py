@@ -14,15 +14,20 @@ import pytest
 
 from nsa_verify.engine import crew as module
 from nsa_verify.engine import searcher
-from nsa_verify.engine.crew import TRIES, Crew
+from nsa_verify.engine.crew import TRIES, Crew, Deferred
+from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.process import EngineError
 
 
 @pytest.fixture(name="usual_ctrl_c")
 def _usual_ctrl_c() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_DFL),
+    }
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_one_worker_is_this_process() -> None:
@@ -102,6 +107,27 @@ def test_ctrl_c_before_the_workers_are_up_is_not_kept(usual_ctrl_c: None) -> Non
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_comes_between_two_crews_ends_the_next_one_before_it_begins(
+    usual_ctrl_c: None, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    with Deferred() as deferred:
+        with Crew(1) as crew:
+            crew.hello(Plan(only=("python-loop",), isolate=False, device="cpu"))
+            signal.raise_signal(number)
+            assert crew.interrupted
+        asked = [deferred.asked]  # it was the crew's
+        next_one = Crew(1)
+        signal.raise_signal(number)
+        assert [*asked, deferred.asked] == [False, True]
+        with pytest.raises(KeyboardInterrupt), next_one:
+            raise AssertionError("it was entered")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
 def test_who_handles_ctrl_c_himself_keeps_his_handler(usual_ctrl_c: None) -> None:
     heard: list[int] = []
     signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
@@ -113,7 +139,7 @@ def test_who_handles_ctrl_c_himself_keeps_his_handler(usual_ctrl_c: None) -> Non
 
 ENGINE = """
 import time
-from nsa_verify.engine.crew import TRIES, Crew
+from nsa_verify.engine.crew import TRIES, Crew, Deferred
 
 if __name__ == "__main__":
     with Crew(2) as crew:

@@ -71,7 +71,7 @@ def test_what_still_fails_stays(plan: Plan, tmp_path: Path) -> None:
     written(tmp_path)
     told = {it.path: it for it in _promoted(plan, root)}
     assert (told[short].status, told[path].status, told[path].target) == (Status.FIXED, Status.FAILED, None)
-    shown = "short-top-k [eager] NV101 nsa_cache_seqlens inside: nsa_cache_seqlens[0]: expected 8, got 7"
+    shown = "short-top-k [eager] NV101 decode nsa_cache_seqlens inside: nsa_cache_seqlens[0]: expected 8, got 7"
     assert told[path].problem == f"{path}: {shown}"
     assert path.is_file()
 

@@ -36,13 +36,13 @@ def stored(root: Path, it: Finding, length: int = 1, slug: str = "it") -> Path:
 @pytest.mark.parametrize(
     ("given", "place", "symptom"),
     [
-        (finding(), "cu_seqlens_k inside", "NV102 cu_seqlens_k inside"),
-        (finding(code=Code.POISON), "cu_seqlens_k inside", "NV102 cu_seqlens_k inside"),
-        (finding(code=Code.WRONG_VALUE, region="slack"), "cu_seqlens_k inside", "NV101 cu_seqlens_k inside"),
-        (finding(code=Code.FRAME_WRITTEN, region="frame"), "cu_seqlens_k outside", "NV202 cu_seqlens_k outside"),
-        (finding(code=Code.GUARD_WRITTEN, region="guard"), "cu_seqlens_k outside", "NV201 cu_seqlens_k outside"),
-        (finding(code=Code.INPUT_MUTATED, region="input"), "cu_seqlens_k input", "NV203 cu_seqlens_k input"),
-        (finding(code=Code.DEATH, buffer=None), "", "NV401"),
+        (finding(), "cu_seqlens_k inside", "NV102 decode cu_seqlens_k inside"),
+        (finding(code=Code.POISON), "cu_seqlens_k inside", "NV102 decode cu_seqlens_k inside"),
+        (finding(code=Code.WRONG_VALUE, region="slack"), "cu_seqlens_k inside", "NV101 decode cu_seqlens_k inside"),
+        (finding(code=Code.FRAME_WRITTEN, region="frame"), "cu_seqlens_k outside", "NV202 decode cu_seqlens_k outside"),
+        (finding(code=Code.GUARD_WRITTEN, region="guard"), "cu_seqlens_k outside", "NV201 decode cu_seqlens_k outside"),
+        (finding(code=Code.INPUT_MUTATED, region="input"), "cu_seqlens_k input", "NV203 decode cu_seqlens_k input"),
+        (finding(code=Code.DEATH, buffer=None), "", "NV401 decode"),
     ],
 )
 def test_the_place_and_the_symptom(given: Finding, place: str, symptom: str) -> None:
@@ -90,13 +90,25 @@ def test_no_corpus_has_no_groups(tmp_path: Path) -> None:
 def test_what_shows_another_group_too_is_that_group() -> None:
     record, known = Record(), bug()
     record.see(
-        known, Signature("mine", "eager", Code.STALE, "cu_seqlens_k inside"), "now", ["NV102 nsa_cu_seqlens_k inside"]
+        known,
+        Signature("mine", "eager", Code.STALE, "cu_seqlens_k inside"),
+        "now",
+        ["NV102 decode nsa_cu_seqlens_k inside"],
     )
     same, apart = bug(place="nsa_cu_seqlens_k inside"), bug(place="page_table_1 inside")
     assert record.same(same, [same.symptom], [known]) == known
     assert record.same(apart, [apart.symptom, known.symptom], [known]) == known
     assert record.same(apart, [apart.symptom], [known]) is None
     assert record.same(same._replace(implementation="other"), [known.symptom], [known]) is None
+
+
+def test_what_shows_in_another_mode_is_that_group_if_its_case_shows_it_there() -> None:
+    record, known = Record(), bug()
+    record.see(known, Signature("mine", "eager", Code.STALE), "now", [known.symptom, "NV102 target-verify x inside"])
+    there, elsewhere = (Bug("mine", Code.STALE, Mode.TARGET_VERIFY, place) for place in ("x inside", "y inside"))
+    assert record.same(there, [there.symptom], [known]) == known
+    assert record.same(elsewhere, [elsewhere.symptom, known.symptom], [known]) == known
+    assert record.same(elsewhere, [elsewhere.symptom], [known]) is None
 
 
 GOOD = """
@@ -135,6 +147,7 @@ def test_a_baseline_accepts_until_it_expires(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("accepted = " + 20_000 * "[", "not valid TOML"),
         ("[[accepted", "not valid TOML"),
         ("[other]\na = 1", "holds other"),
         ('[[accepted]]\nimplementation = "a"\nreason = "b"', "lacks expires"),

@@ -105,6 +105,7 @@ def group(told: Finding, case: Case = CASE, **more: object) -> Group:
         case=case,
         finding=told,
         executors=(told.executor, "graph"),
+        modes=(told.mode,),
         first_seen="2030-01-02T03:04:05+00:00",
         last_seen="2030-02-03T04:05:06+00:00",
         seen=7,

@@ -55,11 +55,12 @@ MINE = ("run", "--impl", "mine.py", "--only", "short-top-k", "--executor", "eage
         (("run", "--max-time", "-1"), "--max-time -1: must be a time"),
         (("run", "--max-time", "nan"), "--max-time nan: must be a time"),
         (("run", "--max-time", ""), "--max-time : must be a time"),
+        (("corpus", "list", "--corpus", ""), "Invalid value for '--corpus': is empty; leave it out, or"),
         (("run", "--workers", "many"), "--workers many: must be a number from 1 to 256, or auto"),
         (("run", "--workers", "0"), "--workers 0: must be a number"),
         (("run", "--workers", "-2"), "--workers -2: must be a number"),
         (("run", "-n", "0"), "Invalid value for '-n' / '--max-examples': 0 is not in the range x>=1"),
-        (("run", "--seed", "-1"), "Invalid value for '--seed': -1 is not in the range x>=0"),
+        (("run", "--seed", "-1"), "Invalid value for '--seed': -1 is not in the range 0<=x<="),
         (("run", "surplus"), "Got unexpected extra argument (surplus) (see nsa-verify run --help)"),
         (("run", "--corpus", "nothing.py"), "nothing.py: cannot save cases here: nothing.py: not a directory; make"),
         (("run", "--corpus", "text.md/below"), "text.md/below: cannot save cases here: "),
@@ -210,3 +211,12 @@ def test_a_fault_of_the_program_itself_is_no_disagreement(folder: Path, monkeypa
     assert done.exit_code == 2
     assert "ZeroDivisionError: planted\n" in done.stderr
     assert done.stderr.endswith("Error: nsa-verify itself failed (ZeroDivisionError); please report the lines above\n")
+
+
+def test_a_finding_that_a_killed_run_left_and_nobody_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    left = Path("corpus", ".inflight", "1-a", "reported.json")
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"\xff\xfe")
+    assert "reported.json: not UTF-8 text" in refused(invoke(*RUN[:3], "-n", 1, "--only", "vectorized"))
+    assert left.exists()

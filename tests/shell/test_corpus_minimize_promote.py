@@ -44,7 +44,7 @@ def test_minimize(folder: Path) -> None:
 def test_what_minimize_says_of_the_others(folder: Path) -> None:
     others = [entry_of(8), entry_of(8), entry_of(5), entry_of(20, buffer="page_table_1"), entry_of(21, executor="x")]
     paths = [saved(Path("corpus"), it, slug=slug)[0] for it, slug in zip(others, "abcde", strict=True)]
-    otherwise = "fails otherwise than when it was saved: short-top-k [eager] NV101 nsa_cache_seqlens inside, decode"
+    otherwise = "fails otherwise than when it was saved: short-top-k [eager] NV101 decode nsa_cache_seqlens inside"
     written(folder)
     done = invoke("corpus", "minimize", *HERE)
     assert (done.exit_code, done.stderr) == (2, "")
@@ -83,7 +83,7 @@ def test_promote(folder: Path) -> None:
     written(folder)
     done = invoke("corpus", "promote", *MINE)
     assert (done.exit_code, done.stderr) == (1, "")
-    shown = "short-top-k [eager] NV101 nsa_cache_seqlens inside: nsa_cache_seqlens[0]: expected 8, got 7"
+    shown = "short-top-k [eager] NV101 decode nsa_cache_seqlens inside: nsa_cache_seqlens[0]: expected 8, got 7"
     header, *lines = done.stdout.splitlines()
     assert header.startswith("2 cases on ")
     mended = Path(str(fixed).replace("crashing", "regression"))

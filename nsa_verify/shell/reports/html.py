@@ -114,9 +114,10 @@ class Row(Struct):
 
 def _matrix(story: Story, parts: Sequence[Part]) -> Iterator[Row]:
     leads = {
-        (it.found.finding.implementation, executor, it.found.finding.mode): it.anchor
+        (it.found.finding.implementation, executor, mode): it.anchor
         for it in reversed(parts)
         for executor in it.found.executors
+        for mode in (it.found.group.modes if it.found.group is not None else (it.found.finding.mode,))
     }
     for subject in story.subjects.values() if story.matrix.cells else ():
         for mode in story.modes:

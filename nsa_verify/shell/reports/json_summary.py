@@ -61,6 +61,7 @@ def _finding(story: Story, found: Found) -> dict[str, Any]:
         told |= {"note": found.told.note, "shrunk": found.told.shrunk}
     if found.group is not None:
         told |= {"state": found.state, "place": found.group.place, "executors": found.executors}
+        told["modes"] = found.group.modes
         told |= {name: getattr(found.group, name) for name in ("first_seen", "last_seen", "seen", "accepted")}
     return told
 

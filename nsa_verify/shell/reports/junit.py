@@ -13,7 +13,7 @@ from nsa_verify.engine.events import Cell, CellKey
 from nsa_verify.shell.options import ExitCode
 from nsa_verify.shell.render import NOT_CAPTURABLE, cell_text
 from nsa_verify.shell.reports.plain import printable
-from nsa_verify.shell.reports.story import Found, Story, facts
+from nsa_verify.shell.reports.story import Found, Story, bug_of, facts
 
 
 class Test(Struct, kw_only=True):
@@ -117,8 +117,12 @@ def _lines(story: Story, found: Found) -> list[str]:
 
 def _replayed(story: Story) -> Iterator[Test]:
     """Saved cases that a campaign began with. What disagrees as it is known to is told as its group."""
-    groups = {it.path for it in story.found}
+    paths = {it.path for it in story.found}
+    # A smaller case may have another file.
+    groups = {str(bug_of(it.group)) for it in story.found if it.group is not None}
     for it in story.replayed:
-        result = {"FAILED": "skipped" if it.path in groups else "failure", "ERROR": "error"}.get(it.status, "")
-        message = "told as a finding" if result == "skipped" else it.problem or it.title
+        is_told = it.status == "FAILED" and (it.path in paths or it.group in groups)
+        result = {"FAILED": "failure", "ERROR": "error", "NOT RUN": "skipped"}.get(it.status, "")
+        result = "skipped" if is_told else result
+        message = "told as a finding" if is_told else it.problem or it.title
         yield Test(group="corpus", name=str(it.path), result=result, message=message)

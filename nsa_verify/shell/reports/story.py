@@ -276,7 +276,7 @@ class Story:
 
     def _grouped(self, group: Group) -> Found:
         """A group, with what the event that made its minimal case says besides."""
-        bug = Bug(group.implementation, group.code, group.mode, group.place)
+        bug = bug_of(group)
         told = next((it for it in reversed(self.disagreements) if _is_of(it, group, bug)), None)
         return Found(
             finding=told.finding if told is not None else group.finding,
@@ -288,6 +288,11 @@ class Story:
             pictures=told.pictures if told is not None else (),
             group=group,
         )
+
+
+def bug_of(group: Group) -> Bug:
+    """The name of a group."""
+    return Bug(group.implementation, group.code, group.mode, group.place)
 
 
 def _is_of(told: Disagreement, group: Group, bug: Bug) -> bool:

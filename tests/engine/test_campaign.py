@@ -1,0 +1,146 @@
+"""Campaigns in one process: what is a group, what makes one red, and what it says of what it could not do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.corpora import entry_of, saved
+from msgspec.structs import replace
+from shell.commands import registry_of_its_own
+
+from nsa_verify.core.case import Mode
+from nsa_verify.engine.campaign import BATCH, CHANGE, NOT_RUN, campaign
+from nsa_verify.engine.corpus import Kind, load, scan
+from nsa_verify.engine.events import CampaignFinished, CaseReplayed, Event, SliceStarted
+from nsa_verify.engine.inflight import FOLDER
+from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.totals import Ask
+
+WRONG = """
+from nsa_verify import Mode, implementation
+from nsa_verify.kernels.vectorized import refresh as right
+
+@implementation("{name}", extent="full", capturable={capturable})
+def refresh(inputs, steps, setup):
+    right(inputs, steps, setup)
+    if {condition}:
+        steps[0].page_table_1[:1, :1].add_(1)
+"""
+DECODE_ALONE = "inputs.mode is Mode.DECODE and inputs.batch_size > 1"
+VERIFY_ALONE = "inputs.mode is Mode.TARGET_VERIFY and setup.num_draft_tokens > 1"
+ROWS = "(inputs.mode is not Mode.DRAFT_EXTEND or int(inputs.accept_lens[: inputs.batch_size].sum()) > 0)"
+"""Without a row there is nothing that may be written: that would be another finding."""
+ALL_MODES = f"setup.page_size > 1 and {ROWS}"
+
+
+def asked(folder: Path, condition: str, name: str = "wrong", capturable: bool = True, **more: Any) -> Ask:
+    path = folder / f"{name}.py"
+    path.write_text(WRONG.format(name=name, condition=condition, capturable=capturable), encoding="utf-8")
+    plan = Plan(references=(str(path),), only=(name,), executors=("eager",), seed=3, device="cpu", isolate=False)
+    return replace(Ask(kind=BATCH, plan=plan, root=folder / "corpus", budget_s=2, version="1", command=""), **more)
+
+
+def run(ask: Ask) -> tuple[CampaignFinished, list[Event]]:
+    with registry_of_its_own():
+        told = list(campaign(ask))
+    assert isinstance(told[-1], CampaignFinished)
+    return told[-1], told
+
+
+def run_until(ask: Ask, *modes: tuple[Mode, ...]) -> CampaignFinished:
+    """Campaigns over one corpus, as many as a slow machine needs to have seen these ``modes`` of its groups."""
+    for _ in range(20):
+        ended, _ = run(ask)
+        if [it.modes for it in ended.groups] == [*modes]:
+            break
+    return ended
+
+
+def test_two_bugs_of_one_place_in_two_modes_are_two_groups(tmp_path: Path) -> None:
+    ask = asked(tmp_path, f"({DECODE_ALONE}) or ({VERIFY_ALONE})")
+    ended = run_until(ask, (Mode.DECODE,), (Mode.TARGET_VERIFY,))
+    assert [(str(it.mode), it.place, it.modes) for it in ended.groups] == [
+        ("decode", "page_table_1 inside", (Mode.DECODE,)),
+        ("target-verify", "page_table_1 inside", (Mode.TARGET_VERIFY,)),
+    ]
+    assert len(list(scan(ask.root / Kind.CRASHING))) == 2
+
+
+def test_one_bug_in_all_modes_is_one_group_whichever_search_meets_it(tmp_path: Path) -> None:
+    ask = asked(tmp_path, ALL_MODES)
+    for modes in ((Mode.TARGET_VERIFY,), tuple(Mode)):
+        ended = run_until(replace(ask, plan=replace(ask.plan, modes=modes)), modes)
+        (group,) = ended.groups
+        assert (group.mode, group.modes) == (Mode.TARGET_VERIFY, modes)
+        assert len(list(scan(ask.root / Kind.CRASHING))) == 1
+        assert ended.exit_code == 1
+    assert not group.is_new
+
+
+def test_a_saved_case_that_fails_for_another_is_red(tmp_path: Path) -> None:
+    """It disagrees on what was saved for somebody else, which no search finds in time."""
+    ask = asked(tmp_path, "setup.pool_width == 777", budget_s=1)
+    entry = entry_of(8)
+    setup = replace(entry.case.setup, pool_width=777, pool_row_stride=777)
+    saved(ask.root, replace(entry, case=replace(entry.case, setup=setup)))
+    ended, told = run(ask)
+    assert [it.status for it in told if isinstance(it, CaseReplayed)] == ["FAILED"]
+    assert ended.exit_code == 1
+    (stray,) = ended.stray
+    assert "shows wrong NV101 decode page_table_1 inside, and no group stands for it" in stray
+
+
+def test_what_nobody_judged_is_not_green(tmp_path: Path) -> None:
+    ask = asked(tmp_path, "True", capturable=False, budget_s=1)
+    ended, _ = run(replace(ask, plan=replace(ask.plan, executors=("simulated-graph",))))
+    assert (ended.exit_code, ended.problems) == (
+        2,
+        ("nothing was tested; declared not capturable, so give --executor eager",),
+    )
+
+
+def test_saved_cases_take_no_time_from_the_search_and_those_that_cannot_run_are_said(tmp_path: Path) -> None:
+    ask = asked(tmp_path, "False", budget_s=1)
+    (path,) = saved(ask.root, entry_of(8, implementation="gone"), kind=Kind.REGRESSION)
+    ask = replace(ask, plan=replace(ask.plan, only=(), modes=(Mode.DECODE,)))
+    ended, told = run(ask)
+    (replayed,) = [it for it in told if isinstance(it, CaseReplayed)]
+    assert (replayed.path, replayed.status, replayed.group) == (
+        path,
+        NOT_RUN,
+        "gone NV101 decode nsa_cache_seqlens inside",
+    )
+    assert "'gone', which is not loaded" in replayed.problem
+    (search,) = [it for it in told if isinstance(it, SliceStarted)]
+    assert search.seconds == pytest.approx(ask.budget_s, abs=0.1)  # the time of the case is not taken from it
+    assert ended.exit_code == 0
+
+
+def test_the_day_it_was_first_seen_stays_when_its_case_becomes_smaller(tmp_path: Path) -> None:
+    ask = asked(tmp_path, DECODE_ALONE)
+    run(replace(ask, kind=CHANGE, budget_s=60))
+    (path,) = scan(ask.root / Kind.CRASHING)
+    entry = load(path)
+    path.unlink()
+    larger = replace(entry, case=replace(entry.case, replays=entry.case.replays * 2))
+    older = replace(entry.provenance, date="2026-01-01T00:00:00+00:00", attempts=None)
+    saved(ask.root, replace(larger, provenance=older))
+    ended, _ = run(ask)
+    (group,) = ended.groups
+    assert group.case == entry.case
+    assert load(group.path).provenance.date == group.first_seen == "2026-01-01T00:00:00+00:00"
+
+
+def test_a_finding_of_a_killed_run_that_cannot_be_read_is_not_green(tmp_path: Path) -> None:
+    ask = asked(tmp_path, "False", budget_s=1)
+    left = ask.root / FOLDER / "123-abcd"
+    left.mkdir(parents=True)
+    (left / "reported.json").write_bytes(b"\xff\xfe")
+    (left / "interrupted.case").write_bytes(b'["w\xff", "eager"]')
+    ended, _ = run(ask)
+    assert ended.exit_code == 2
+    (problem,) = ended.problems
+    assert "reported.json: not UTF-8" in problem
+    assert [it.name for it in left.glob("*.*")] == ["reported.json"]  # it stays, and the next campaign says so too
