@@ -1,9 +1,9 @@
 """How ``onepass`` should share its work out, side by side in one run. Needs a GPU.
 
-``python -P benchmarks/onepass_shapes.py [--steps S] [--shape NAME=VALUE,...]...`` prints, for every mode and size of
-``nsa-verify bench`` with that many steps, the device time of one call inside a captured graph for each shape: fields of
-``onepass._Shape`` that differ from what is usual. ``docs/performance.md`` says what came of it. What is wrong is not
-timed.
+``python -P benchmarks/onepass_shapes.py [--steps S] [--mode MODE]... [--shape NAME=VALUE,...]...`` prints, for each
+mode and size of ``nsa-verify bench`` with that many steps, the device time of one call inside a captured graph for each
+shape: fields of ``onepass._Shape`` that differ from what is usual. ``docs/performance.md`` says what came of it. What
+is wrong is not timed.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def main() -> None:
     """Measure all shapes, interleaved."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1, choices=sorted({it.num_steps for it in sized(SIZES, False)}))
+    parser.add_argument("--mode", action="append", type=Mode, metavar="MODE", help=", ".join(Mode))
     parser.add_argument("--shape", action="append", type=changes_of, metavar="NAME=VALUE,...")
     parser.add_argument("--schedule", action="store_true")
     parser.add_argument("--repetitions", type=int, default=7)
@@ -66,7 +67,7 @@ def main() -> None:
     print(f"us a call; empty node {floor.empty_node_us:.2f}, {floor.bytes_per_us / 1e6:.2f} TB/s")
     names = [",".join(f"{name}={value}" for name, value in it.items()) or "usual" for it in shapes]
     print("mode, size, floor:", *names)
-    for mode in Mode:
+    for mode in asked.mode or Mode:
         for size in sized(SIZES, asked.schedule):
             if size.num_steps != asked.steps:
                 continue

@@ -28,7 +28,7 @@ from nsa_verify.engine.drawing import draw_round
 from nsa_verify.engine.plan import FIRST_SEASON, ROUND_CASES, Plan
 
 EXTEND, UNIFORM, VERIFY = Mode.DRAFT_EXTEND, Mode.DRAFT_EXTEND_V2, Mode.TARGET_VERIFY
-SEEDS = range(15)
+SEEDS = range(8)
 """So many runs of 200 cases reach every label."""
 
 

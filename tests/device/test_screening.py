@@ -72,7 +72,7 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("repeat", [True, False])
 def test_the_verdicts_are_those_of_looking_at_every_call(repeat: bool) -> None:
-    cases = [Case(SETUP, drawn) for drawn in draw_many(replays(SETUP), 12, seeded=7)]
+    cases = [Case(SETUP, drawn) for drawn in draw_many(replays(SETUP), 8, seeded=7)]
     pairs = [(it, EXECUTORS[executor]) for (_, executor), it in DRIVEN.items()]
     jobs = [Job(case, pairs, repeat=repeat) for case in cases]
     alone = {}

@@ -54,10 +54,11 @@ def hangs(inputs: Any, steps: Any, setup: Any) -> None:
 
 @implementation("eats", modes=[Mode.DECODE], extent="full")
 def eats(inputs: Any, steps: Any, setup: Any) -> None:
-    """Take memory until somebody ends it."""
-    kept = []
-    while _is_bad(inputs):
-        kept.append(bytearray(b"x") * (16 << 20))
+    """Take memory until somebody ends it, in this very function: where it is then is told."""
+    if _is_bad(inputs):
+        kept = []
+        while True:
+            kept.append(bytearray(b"x") * (16 << 20))
     right(inputs, steps, setup)
 
 

@@ -28,6 +28,7 @@ from quality.smallest import (
 )
 
 from nsa_verify import Code, Mode
+from nsa_verify.engine.plan import ROUND_CASES
 
 
 class Eagerly(Enum):
@@ -45,8 +46,9 @@ class GraphBug(Bug):
 
     It must be found in captured graphs unless it is found ``eagerly`` only. ``also`` are codes that are as right, with
     their smallest cases: which is found first depends on the cases. The message must say ``told`` and name the planted
-    line that holds ``blamed``. Cases of ``modes`` are drawn: fewer than all only to save time. What a bug that
-    ``races`` leaves depends on time as well, and that may be said (NV501) of cases that are not small.
+    line that holds ``blamed``. Cases of ``modes`` are drawn, so many ``at_first``, ``short`` ones of at most three
+    replays: less of each than there is only to save time. What a bug that ``races`` leaves depends on time as well, and
+    that may be said (NV501) of cases that are not small.
     """
 
     eagerly: Eagerly = Eagerly.SAME
@@ -54,6 +56,8 @@ class GraphBug(Bug):
     told: str = ""
     blamed: str = ""
     modes: tuple[Mode, ...] = tuple(Mode)
+    short: bool = False
+    at_first: int = ROUND_CASES
     races: bool = False
 
     @property
@@ -88,6 +92,7 @@ MAP_OF_THE_PREVIOUS_MODE: Final = GraphBug(
     eagerly=Eagerly.UNASKED,
     also={Code.STALE: verify_between_decodes, Code.WRONG_VALUE: verify_between_decodes},
     modes=(Mode.DECODE, Mode.TARGET_VERIFY),
+    short=True,
 )
 STEP_0_ONLY: Final = GraphBug(
     name="schedule-of-step-0-only",
@@ -99,6 +104,7 @@ FIELD_NOT_COPIED: Final = GraphBug(
     code=Code.POISON,
     smallest=one_request_of_length_1,
     modes=(Mode.DECODE,),
+    at_first=3,
 )
 FROZEN_MAXIMUM: Final = GraphBug(
     name="maximum-frozen",

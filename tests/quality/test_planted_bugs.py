@@ -144,7 +144,7 @@ def test_the_same_seed_gives_the_same_run_in_one_process_and_in_two(tmp_path: Pa
         prepare.cache_clear()
         plan = Plan(
             seed=seed,
-            max_examples=60,
+            max_examples=30,
             executors=EAGER,
             references=(str(path),),
             only=(bug.copy_name, "vectorized"),

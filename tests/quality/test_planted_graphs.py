@@ -55,8 +55,9 @@ def hunt(bug: GraphBug, path: Path, seed: int, corpus: Path) -> Run:
     """
     plan = Plan(
         seed=seed,
-        max_examples=ROUND_CASES,
+        max_examples=bug.at_first,
         modes=bug.modes,
+        short_cases=bug.short,
         executors=(executor_of(bug),),
         references=(str(path),),
         only=(bug.copy_name, INNOCENT),
@@ -205,5 +206,5 @@ def test_a_fallback_that_is_reported_is_shown_and_no_fault(tmp_path: Path) -> No
 def test_without_a_bug_the_copies_agree(module: str, tmp_path: Path) -> None:
     bug = next(bug for bug in GRAPH_BUGS if bug.mutant.module == module)
     path = bug.plant(tmp_path, planted=False)
-    run = Run(Plan(max_examples=20, references=(str(path),), only=(bug.copy_name,)), tmp_path)
-    assert (run.found, run.finished.signatures, run.finished.cases) == ([], (), 20)
+    run = Run(Plan(max_examples=ROUND_CASES, references=(str(path),), only=(bug.copy_name,)), tmp_path)
+    assert (run.found, run.finished.signatures, run.finished.cases) == ([], (), ROUND_CASES)

@@ -17,8 +17,9 @@ from nsa_verify.engine.corpus import load, scan
 from nsa_verify.shell import options, pytest_plugin
 
 GRAPH = graph_executor()
-DRAWN = ("-n", 30, "--seed", 7)
-FEW = (*DRAWN, "-w", 1)
+FEW = ("-n", 10, "--seed", 7, "-w", 1)
+SHARED = ("-n", 20, "--seed", 7)
+"""Rounds for two workers."""
 MINE = ("--impl", "mine.py", "--only", "mine", "--mode", "decode")
 
 
@@ -149,7 +150,7 @@ def test_a_maximum_frozen_on_the_host_is_shrunk_and_saved(folder: Path) -> None:
             "step.page_table_1.copy_(slots)": "step.page_table_1[:, :width].copy_(slots[:, :width])",
         },
     )
-    done = invoke("run", *MINE, "-n", 60, "--seed", 7, "-w", 1)
+    done = invoke("run", *MINE, *FEW)
     assert (done.exit_code, done.stderr) == (1, "")
     assert "1 distinct disagreement:\n" in done.stdout
     (path,) = scan(folder / "corpus")
@@ -200,7 +201,7 @@ FALLBACK = """\
 
 def test_fallbacks_are_counted_and_shown(folder: Path) -> None:
     _write(folder, FALLBACK)
-    run = ("run", *MINE, *DRAWN)
+    run = ("run", *MINE, *SHARED)
     one, two = (json.loads(invoke(*run, "--json", "-w", workers).stdout) for workers in (1, 2))
     counts = one["fallbacks"]["mine"]
     assert set(counts) == {"no fast path for many", "no fast path for two"}
@@ -250,7 +251,7 @@ def test_graphs_are_closed_at_the_end(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(rig, "close_rigs", rig.close_rigs)
     _write(folder, "")
     (folder / "mine.py").write_text((folder / "mine.py").read_text() + CLOSING)
-    done = invoke("run", *MINE, *DRAWN, "-w", workers)
+    done = invoke("run", *MINE, "-n", 30, "--seed", 7, "-w", workers)
     assert done.exit_code == 0
     said = [path.read_text().split() for path in folder.glob("closed-*")]
     judged = [(kept, left) for kept, left in said if kept != "0"]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from nsa_verify.engine.inflight import FOLDER
 
 KILLS = int(os.environ.get("NSA_VERIFY_TEST_KILLS", "6"))
 """How many random moments are tried; a person who changes this part tries 50."""
+MOMENTS = ((0, 2.0), (3, 0.5), (6, 1.5))
+"""Behind how many lines of what a run says, and at most how many seconds later: it starts, it draws, it shrinks."""
 
 MINE = """
 import os
@@ -46,6 +49,7 @@ from nsa_verify.kernels.vectorized import refresh as right
 
 @implementation("slow", modes=["decode"], extent="full")
 def refresh(inputs, steps, setup):
+    open("called", "w").close()
     time.sleep(0.5)
     right(inputs, steps, setup)
 """
@@ -67,23 +71,25 @@ def _family(group: int) -> list[int]:
     return sorted(found, key=lambda pid: (pid != group, pid))
 
 
-def _killed_at(moment_s: float, everybody: bool, choose: random.Random) -> tuple[str, int]:
-    """What a run said that was killed, or lost a process, after ``moment_s``, and its exit code."""
+def _killed(lines: int, later_s: float, everybody: bool, choose: random.Random) -> str:
+    """What a run said that was killed, or lost a process, ``later_s`` after so many lines."""
     process = subprocess.Popen(
-        [PROGRAM, *RUN, *EAGER, "-w", "2", "-n", "60", "--seed", "5"],
+        [PROGRAM, *RUN, *EAGER, "-w", "2", "-n", "30", "--seed", "5"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
-    time.sleep(moment_s)
+    assert process.stdout is not None
+    said = "".join(islice(process.stdout, lines))
+    time.sleep(later_s)
     family = _family(process.pid)
     victim = process.pid if everybody else choose.choice(family or [process.pid])
     with suppress(ProcessLookupError):
         os.kill(victim, signal.SIGKILL)
     try:
-        said = process.communicate(timeout=120)[0]
+        said += process.communicate(timeout=120)[0]
     finally:
         deadline = time.monotonic() + 10
         while (left := _family(process.pid)) and time.monotonic() < deadline:
@@ -91,14 +97,15 @@ def _killed_at(moment_s: float, everybody: bool, choose: random.Random) -> tuple
         for pid in left:
             os.kill(pid, signal.SIGKILL)
     assert not left, "processes outlived their engine"
-    return said, process.returncode
+    return said
 
 
 @pytest.mark.parametrize("number", range(KILLS))
 def test_nothing_that_was_reported_is_lost(folder: Path, number: int) -> None:
     (folder / "mine.py").write_text(MINE)
     choose = random.Random(number)
-    said, _ = _killed_at(choose.uniform(0.3, 4.0), number % 2 == 0, choose)
+    lines, latest_s = MOMENTS[number // 2 % len(MOMENTS)]
+    said = _killed(lines, choose.uniform(0, latest_s), number % 2 == 0, choose)
     for path in scan(folder / "corpus") if (folder / "corpus").exists() else ():
         load(path)
     # It finds nothing by itself: what is in the corpus behind it was saved by the run that was killed, or recovered.
@@ -113,17 +120,14 @@ def test_nothing_that_was_reported_is_lost(folder: Path, number: int) -> None:
     }
     reported = set(re.findall(r"^seen (\S+) \[eager\] (NV\d+)", said, flags=re.MULTILINE))
     assert reported <= kept, said
-    done = invoke(*RUN, *EAGER, "-w", 2, "-n", 20, "--seed", 6, "--no-shrink")
+    done = invoke(*RUN, *EAGER, "-w", 1, "-n", 10, "--seed", 6, "--no-shrink")
     assert done.exit_code == 1, done.output
     assert not (folder / "corpus" / FOLDER).exists()
 
 
 def test_a_finding_that_was_reported_survives_the_run(folder: Path) -> None:
-    """Killed while it is shrunk, which takes long: only the folder of the run knows it."""
-    slowly = "    time.sleep(0.1)\n    right(inputs, steps, setup)\n    if int"
-    (folder / "mine.py").write_text(
-        MINE.replace("import os", "import os, time").replace("    right(inputs, steps, setup)\n    if int", slowly)
-    )
+    """Killed while what ends its workers is shrunk, which takes long: only the folder of the run knows it."""
+    (folder / "mine.py").write_text(MINE)
     command = [PROGRAM, *RUN, *EAGER, "-w", "1", "-n", "12", "--seed", "5"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
@@ -138,10 +142,11 @@ def test_a_finding_that_was_reported_survives_the_run(folder: Path) -> None:
     assert {it.implementation for it in kept if it is not None} == {"wrong", "exits"}
 
 
-def wait_for_tasks(folder: Path) -> None:
-    """Until a run has cases in flight."""
+def wait_for(folder: Path, pattern: str) -> None:
+    """Until there is a file like that."""
     deadline = time.monotonic() + 60
-    while not list((folder / "corpus" / FOLDER).glob("*/*.tasks")) and time.monotonic() < deadline:
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline, f"there is no {pattern}"
         time.sleep(0.05)
 
 
@@ -150,8 +155,7 @@ def test_a_signal_to_the_whole_group_accuses_nobody(folder: Path) -> None:
     (folder / "slow.py").write_text(SLOW)
     command = [PROGRAM, *SLOWLY, "-n", "100"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        wait_for_tasks(folder)
-        time.sleep(0.7)
+        wait_for(folder, "called")
         os.killpg(process.pid, signal.SIGTERM)
         said = process.communicate(timeout=60)[0]
     assert process.returncode == 130, said
@@ -175,8 +179,7 @@ def test_the_case_in_flight_is_judged_again_and_said(folder: Path) -> None:
     (folder / "slow.py").write_text(SLOW)
     run = (*SLOWLY, "-n", "20", "--seed", "1")
     process = subprocess.Popen([PROGRAM, *run], stdout=subprocess.DEVNULL, start_new_session=True)
-    wait_for_tasks(folder)
-    time.sleep(0.3)
+    wait_for(folder, "called")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     other = invoke("run", "--only", "vectorized", "-n", 1, "-w", 1, *EAGER)
@@ -200,7 +203,7 @@ def test_a_pytest_worker_that_is_killed_costs_its_test_only(folder: Path) -> Non
         "        open('killed', 'w').close()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "--nsa-corpus", "corpus"]
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-n", "1", "--nsa-corpus", "corpus"]
     done = subprocess.run(
         [
             *command,
@@ -222,11 +225,19 @@ def test_a_pytest_worker_that_is_killed_costs_its_test_only(folder: Path) -> Non
 
 
 def test_two_runs_over_one_corpus(folder: Path) -> None:
+    """The second begins and ends while cases of the first are in flight."""
     (folder / "mine.py").write_text(MINE)
-    command = [PROGRAM, *RUN, *EAGER, "-w", "1", "-n", "40", "--seed", "5"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [1, 1], said
+    run = (*RUN, *EAGER, "-w", "1", "-n", "20", "--seed", "5", "--no-shrink")
+    with subprocess.Popen([PROGRAM, *run], stdout=subprocess.PIPE, text=True, start_new_session=True) as first:
+        wait_for(folder, f"corpus/{FOLDER}/*/*.tasks")
+        os.kill(first.pid, signal.SIGSTOP)
+        try:
+            second = invoke(*run)
+        finally:
+            os.kill(first.pid, signal.SIGCONT)
+        said = first.communicate()[0]
+    assert (first.returncode, second.exit_code) == (1, 1), said + second.output
+    assert "recovered" not in said + second.output
     entries = [load(path) for path in scan(folder / "corpus")]
     found = [(it.finding.implementation, it.finding.code) for it in entries if it.finding is not None]
     assert sorted(found) == [("exits", "NV401"), ("wrong", "NV101")]

@@ -214,7 +214,7 @@ def test_a_corpus_that_is_not_there(inner: pytest.Pytester) -> None:
     result.stderr.fnmatch_lines(["ERROR: --nsa-corpus nowhere: there is no such folder"])
 
 
-PLAN = Plan(seed=11, max_examples=ROUND_CASES + 4, only=("vectorized",))
+PLAN = Plan(seed=11, max_examples=ROUND_CASES + 4, only=("vectorized",), isolate=True)
 RECORD = """
 import json, os
 from pathlib import Path
@@ -224,7 +224,8 @@ from nsa_verify.engine.searcher import run_rounds
 
 @pytest.mark.parametrize("index", range(2))
 def test_round(index):
-    (result,) = run_rounds(Plan(seed=11, max_examples=ROUND_CASES + 4, only=("vectorized",)), [index])
+    plan = Plan(seed=11, max_examples=ROUND_CASES + 4, only=("vectorized",), isolate=True)
+    (result,) = run_rounds(plan, [index])
     told = [result.digests, os.environ["PYTEST_XDIST_WORKER"]]
     Path(f"round{index}.json").write_text(json.dumps(told))
 """

@@ -7,17 +7,27 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
+from random import Random
+from typing import TypeVar
 
 import msgspec
 import pytest
-from helpers import draw_many
+from hypothesis import strategies as st
 
 from nsa_verify.core.case import Case, CtxLens, Layout, Mode, Replay, Request, Setup, SlotKind
 from nsa_verify.core.oracle import batch
+from nsa_verify.engine.drawing import SeededProvider, _Unrecorded
 from nsa_verify.strategies import Feature, Limits, Swarm, boundaries, cases, lengths, replays, requests, setups
 from nsa_verify.strategies.swarm import SETUP_FEATURES
 
+T = TypeVar("T")
 Shows = Callable[[Case], bool]
+
+
+def draw_many(strategy: st.SearchStrategy[T], examples: int) -> list[T]:
+    """As the engine draws, each from a chance of its own: the same every time."""
+    chances = (Random(f"example {number}") for number in range(examples))
+    return [_Unrecorded(random=chance, provider=SeededProvider).draw(strategy) for chance in chances]
 
 
 def setup_shows(predicate: Callable[[Setup], bool]) -> Shows:
