@@ -56,6 +56,11 @@ def _sizes(name: str, shape: Shape) -> tuple[int, ...]:
     return tuple(shape) if name in TABLES or name in OPTIONAL_OUTPUTS else (shape.columns,)
 
 
+def _is_memory_of(view: Tensor, owner: Tensor) -> bool:
+    """Whether two tensors of as many rows, whose columns are neighbours, have every row in common."""
+    return view.data_ptr() == owner.data_ptr() and (len(view) == 1 or view.stride(0) == owner.stride(0))
+
+
 class _Backing(NamedTuple):
     """What all buckets share."""
 
@@ -64,7 +69,7 @@ class _Backing(NamedTuple):
     page_table_1: Tensor
     real_page_table: Tensor
     every_token: Tensor
-    """The accept lengths of requests of which all N tokens are accepted."""
+    """``[max_bs]``: the accept lengths of requests of which all N tokens are accepted."""
 
 
 class NativeSparseAttnBackend:
@@ -164,7 +169,7 @@ class NativeSparseAttnBackend:
                 needs = f"must have a column stride of 1 and a row stride of at least {shape.columns}"
                 raise ValueError(f"{name} of step {self.step} has strides {list(tensor.stride())}, {needs}")
             alias = alias_of(self.setup, mode, name)
-            if alias is not None and tensor.data_ptr() != getattr(buffers, alias).data_ptr():
+            if alias is not None and not _is_memory_of(tensor, getattr(buffers, alias)):
                 raise ValueError(f"{name} of step {self.step} must be the memory of {alias} in {mode}")
 
     def init_forward_metadata_capture_cuda_graph(
@@ -218,7 +223,8 @@ class NativeSparseAttnBackend:
         """Refresh the buffers of the bucket ``bs`` in place, by the path that the constructor settled.
 
         On the Triton path nothing is read on the host and nothing allocated. Raises ``ValueError`` for a bucket that
-        was not captured in this mode, and for inputs that are too short or elsewhere; nothing is written then.
+        was not captured in this mode, for inputs that are too short or elsewhere, and for accept lengths left out of
+        more than ``max_bs`` requests, as an adopted bucket may have; nothing is written then.
         """
         mode = mode_of(forward_mode)
         buffers = self._frozen(mode, bs)
@@ -278,9 +284,13 @@ class NativeSparseAttnBackend:
         if given is not None:
             check_lengths(bs, self.device, accept_length=given)
             return given
-        if self._backing is None:
+        backing = self._backing
+        if backing is None:
             raise ValueError("accept_length is None: all N tokens are known after init_cuda_graph_state only")
-        return self._backing.every_token
+        if bs > backing.max_bs:
+            known = f"all N tokens are known up to max_bs = {backing.max_bs} only"
+            raise ValueError(f"accept_length is None, where bs = {bs}: {known}")
+        return backing.every_token
 
     def _refresh(self, inputs: ReplayInputs, buffers: MetadataBuffers) -> None:
         refresh = _refresh_onepass if self.path.take() else python_loop.refresh

@@ -73,7 +73,7 @@ class SpecInfo(Protocol):
     """What is read of an engine's ``spec_info``, in the two DRAFT_EXTEND modes."""
 
     accept_length: Tensor | None
-    """``[>=bs]`` int32 or int64; None: all N tokens of every request."""
+    """``[>=bs]`` int32 or int64; None, which ``bs`` of up to ``max_bs`` may have: all N tokens of every request."""
 
 
 class ForwardBatch(Protocol):

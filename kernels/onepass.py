@@ -310,6 +310,8 @@ def _tails(batch: tl.tuple, request: tl.tensor, width: tl.tensor, head: tl.tenso
     """Columns of requests beyond ``head``, up to which one ends, and the rows that it is written to."""
     seq_lens, seq_stride, accept_lens, accept_stride, batch_size, added, tokens = batch
     held = request < batch_size
+    # It is 32 bit where tiles are counted, as most strides are: their product is not.
+    request = request.to(tl.int64)
     kv_len = tl.load(seq_lens + request * seq_stride, mask=held, other=0).to(tl.int32) + added
     if RAGGED:
         accept = tl.load(accept_lens + request * accept_stride, mask=held, other=0).to(tl.int32)

@@ -29,8 +29,11 @@ REAL_COMPILE = JITFunction._do_compile
 STEPS = (1, 2, 8)
 WIDTH = 5000
 """Columns: implementations may take tables that no engine has, as tests have them, in other shapes."""
-COMPILED = ((1, 1, tuple(Mode)), (2, 0, (Mode.DECODE, Mode.DRAFT_EXTEND)), (8, 1, (Mode.DECODE,)))
-"""Numbers of steps, places in ``setups`` and modes, so that all modes, forms and numbers of steps are among them."""
+FORMS: tuple[tuple[int, IntType, int], ...] = ((16, "int64", 0), (1, "int32", 0), (16, "int64", 8), (1, "int32", 8))
+"""Page sizes, dtypes of lengths and indices, and what each step's row strides are more than those of the one before."""
+COMPILED = ((1, 0, tuple(Mode)), (2, 1, (Mode.DECODE,)), (2, 2, (Mode.DRAFT_EXTEND,)), (8, 0, (Mode.DECODE,)))
+"""Numbers of steps, places in ``FORMS`` and modes: all modes and numbers of steps are among them, tables with pages and
+without, strides that are the same in all steps, as in engines, and strides that are not."""
 forms: list[str] = []
 """Of kernels, each as it was asked for first."""
 compiles = [True]
@@ -121,8 +124,7 @@ def buffers(setup: Setup, mode: Mode, count: int, step: int) -> MetadataBuffers:
 
 
 def setups(num_steps: int, count: int = 2, width: int = WIDTH) -> list[Setup]:
-    """Every form of setup that chooses another kernel or constexpr."""
-    forms: tuple[tuple[int, IntType], ...] = ((1, "int32"), (16, "int64"))
+    """Every form of setup that chooses another kernel or constexpr; strides of a single step are those of all."""
     return [
         Setup(
             num_draft_tokens=3,
@@ -131,23 +133,24 @@ def setups(num_steps: int, count: int = 2, width: int = WIDTH) -> list[Setup]:
             table_width=width,
             buckets=(count,),
             num_steps=num_steps,
-            stride_skew=8,
+            stride_skew=stride_skew,
             seq_lens_dtype=wide,
             pool_index_dtype=wide,
             ctx_lens=CtxLens.OWN,
             schedule=True,
         )
-        for page_size, wide in forms
+        for page_size, wide, stride_skew in FORMS
+        if num_steps > 1 or not stride_skew
     ]
 
 
 def refresh_first(implementation: Implementation) -> None:
     """In every mode, form of setup and number of steps; what ``COMPILED`` leaves out is noted."""
-    compiled = [(num_steps, form, mode) for num_steps, form, modes in COMPILED for mode in modes]
-    noted = [(num_steps, form, mode) for num_steps in STEPS for form in (0, 1) for mode in Mode]
+    compiled = [(setups(num_steps)[form], mode) for num_steps, form, modes in COMPILED for mode in modes]
+    noted = [(setup, mode) for num_steps in STEPS for setup in setups(num_steps) for mode in Mode]
     for compiles[0], those in ((True, compiled), (False, noted)):
-        for num_steps, form, mode in those:
-            refresh(implementation, setups(num_steps)[form], mode, (9, 5))
+        for setup, mode in those:
+            refresh(implementation, setup, mode, (9, 5))
 
 
 def main(name: str) -> None:

@@ -5,7 +5,7 @@ Every refusal is a ``ValueError`` of one sentence, before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -62,8 +62,8 @@ def _captured(switch: str, *modes: Mode, setup: Setup = SETUP) -> NativeSparseAt
     return backend
 
 
-def _ints(*shape: int, device: str = DEVICE) -> Tensor:
-    return torch.zeros(shape, dtype=torch.int32, device=device)
+def _ints(*shape: int, device: str | None = None) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32, device=device or DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,64 @@ def test_a_buffer_with_memory_of_its_own_for_a_view_is_refused(name: str, mode: 
     backend.adopt(mode, 2, given)
 
 
+@pytest.mark.parametrize(
+    ("name", "owner", "page_size"),
+    [("paged_mqa_ctx_lens", "nsa_seqlens_expanded", 16), ("real_page_table", "page_table_1", 1)],
+)
+def test_a_view_whose_rows_begin_elsewhere_is_refused(name: str, owner: str, page_size: int) -> None:
+    mode, setup = Mode.DRAFT_EXTEND, msgspec.structs.replace(SETUP, page_size=page_size)
+    given, _ = _buffers(mode, setup)
+    memory = _ints(200)
+
+    def lie_in_memory(name: str, stretched: int = 1) -> Tensor:
+        like: Tensor = getattr(given, name)
+        return memory.as_strided(like.shape, (stretched * like.stride(0), *like.stride()[1:]))
+
+    backend = NativeSparseAttnBackend(DEVICE, setup, "0")
+    with pytest.raises(ValueError, match=f"^{name} of step 0 must be the memory of {owner} in {mode}$"):
+        backend.adopt(mode, 2, replace(given, **{owner: lie_in_memory(owner), name: lie_in_memory(name, 2)}))
+    assert not backend.captured
+    backend.adopt(mode, 2, replace(given, **{owner: lie_in_memory(owner), name: lie_in_memory(name)}))
+
+
+def test_the_row_stride_of_a_single_row_may_be_anything() -> None:
+    backend = NativeSparseAttnBackend(DEVICE, msgspec.structs.replace(SETUP, page_size=1), "0")
+    backend.init_cuda_graph_state(1, 2)
+    given = backend._make(Mode.DECODE, 1)
+    real_table = given.page_table_1.as_strided((1, 18), (7, 1))
+    backend.adopt(Mode.DECODE, 1, replace(given, real_page_table=real_table))
+    assert backend.captured[Mode.DECODE, 1].real_page_table is real_table
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_accept_lengths_left_out_of_more_requests_than_max_bs_are_refused(switch: str) -> None:
+    mode, given = Mode.DRAFT_EXTEND, _buffers(Mode.DRAFT_EXTEND)
+    steps = NativeSparseAttnMultiStepBackend(DEVICE, SETUP, switch, req_to_token=_ints(1, 24))
+    steps.init_cuda_graph_state(1, 2)
+    steps.adopt(mode, 2, given)
+    batch, step = _batch(mode), steps.attn_backends[1]
+    lens = batch.seq_lens
+    calls: list[Callable[[], object]] = [
+        lambda: steps.init_forward_metadata_replay_cuda_graph(batch, 2),
+        lambda: step.init_forward_metadata_replay_cuda_graph(
+            2, batch.req_pool_indices, lens, None, None, batch.forward_mode, batch.spec_info, None
+        ),
+        lambda: step._precompute_replay_metadata(
+            2, batch.req_pool_indices, lens, None, batch.forward_mode, batch.spec_info
+        ),
+    ]
+    words = r"^accept_length is None, where bs = 2: all N tokens are known up to max_bs = 1 only$"
+    for call in calls:
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert [it.cu_seqlens_k.tolist() for it in given] == [[0, 1, 2]] * 2
+    batch.spec_info = SimpleNamespace(accept_length=_ints(2) + 1)
+    for call in calls:
+        call()
+    assert [it.cu_seqlens_k.tolist() for it in given] == [[0, 9, 13]] * 2
+    assert given[1].nsa_seqlens_expanded[:2].tolist() == [9, 4]
+
+
 def test_optional_buffers_may_be_left_out_and_not_be_brought_along() -> None:
     given, _ = _buffers(Mode.DECODE)
     backend = NativeSparseAttnBackend(DEVICE, SETUP, "0")
@@ -233,7 +291,7 @@ def test_whatever_launches_does_so_on_the_device_of_its_tensors(monkeypatch: pyt
 
     lens = _batch().seq_lens
     triton, python = _captured("1", Mode.DECODE), _captured("0", Mode.DECODE)
-    for module in (backend_module, triton_fused, triton_inplace):
+    for module in (backend_module, onepass, triton_fused, triton_inplace):
         monkeypatch.setattr(module, "on_device", entering)
     watch(onepass, "refresh")
     for name in ("precompute", "copy_into_all"):
@@ -248,7 +306,8 @@ def test_whatever_launches_does_so_on_the_device_of_its_tensors(monkeypatch: pyt
     watch(type(triton_fused._expand_ragged), "run")
     triton_fused.fill_draft_extend_metadata_fused_simple(lens, lens, 8)
     triton_inplace.fill_draft_extend_metadata_inplace(lens, lens, 8, *_ints(2, 13))
-    assert seen[6:] == ["run", "run"]
+    onepass.fill_draft_extend_metadata_onepass(lens, lens, 8, *_ints(2, 13))
+    assert seen[6:] == ["run"] * 3
 
 
 @pytest.mark.gpu
@@ -265,4 +324,7 @@ def test_a_backend_works_on_its_own_gpu_while_another_is_current(switch: str, mo
         lens = _batch().seq_lens
         expanded, _ = triton_fused.fill_draft_extend_metadata_fused_simple(lens, lens, 8)
         assert expanded.tolist() == [*range(1, 10), *range(1, 5)]
+        outputs = _ints(2, 13)
+        onepass.fill_draft_extend_metadata_onepass(lens, lens, 8, outputs[0], outputs[1])
+        assert outputs[0].tolist() == expanded.tolist()
         assert torch.cuda.current_device() == 0

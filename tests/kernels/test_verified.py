@@ -198,6 +198,28 @@ def test_row_times_stride_is_64_bit(make_backend: Callable[..., Any], tmp_path: 
     assert real_table[1:].tolist() == [[62, 65], [125, 128]]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_request_times_stride_is_64_bit(make_backend: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    seq_lens, accept_lens = [300, 7, 290], [1, 0, 2]
+    setup = Setup(num_draft_tokens=2, page_size=16, table_width=300, pool_width=304, buckets=(3,), fill_seq_len=0)
+    backend = make_backend(setup, Mode.DRAFT_EXTEND, seq_lens, accept_lens)
+    # The last request is 2**31 elements behind the first; a 32-bit product finds zeros for it, as far before the first.
+    memory = _sparse(tmp_path, 2**32 + 3)
+    memory[:3].zero_()
+    given = {"seq_lens": seq_lens, "req_pool_indices": [2, 1, 0], "accept_lens": accept_lens}
+    strided = {at: memory.as_strided((3,), (2**30,), 2**31 + place) for place, at in enumerate(given)}
+    for at, values in given.items():
+        strided[at].copy_(torch.tensor(values))
+    registered()[name].refresh(replace(backend.inputs, **strided), backend.steps, setup)
+    (step,) = backend.steps
+    assert step.cu_seqlens_k.tolist() == [0, 300, 307, 597]
+    assert step.nsa_seqlens_expanded[:3].tolist() == [300, 289, 290]
+    for row, (pool_row, length) in enumerate(((2, 300), (0, 290), (0, 290))):
+        slots = [1000 * pool_row + 3 * column for column in range(length)]
+        assert step.page_table_1[row, :length].tolist() == slots
+        assert step.real_page_table[row, : -(-length // 16)].tolist() == [slot // 16 for slot in slots[::16]]
+
+
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize("name", NAMES)
 def test_only_what_declares_itself_capturable_does_without_a_sync(

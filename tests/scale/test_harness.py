@@ -11,11 +11,12 @@ import pytest
 import torch
 from scale.harness import GUARD, POISON, Workload, first_mismatch, slot, spoil
 from scale.vectorised import Mismatch
-from scale.workloads import large_batch, long_pool, long_rows, many_rows, tall_tables, wide_tables
+from scale.workloads import WORKLOADS, large_batch, long_pool, long_rows, many_rows, tall_tables, wide_tables
 
 from nsa_verify import MetadataBuffers, Mode, ReplayInputs, Setup
 from nsa_verify.core.implementation import registered
 from nsa_verify.core.registry import load_builtin
+from nsa_verify.kernels import onepass
 
 load_builtin()
 
@@ -26,6 +27,10 @@ MAKERS: Final[dict[str, Callable[[Mode], Workload]]] = {
     "many rows": partial(many_rows, rows=36),
     "large batch": partial(large_batch, batch_size=7, longest=400),
     "long rows": partial(long_rows, batch_size=20, num_steps=2, width=700),
+    "long rows of one token": partial(long_rows, batch_size=14, num_steps=1, width=300, tokens=1, page_size=16),
+    "long rows without pages": partial(
+        long_rows, batch_size=12, num_steps=5, width=300, tokens=2, page_size=1, stride_skew=3
+    ),
     "wide tables": partial(wide_tables, rows=40, width=140),
     "long pool": partial(long_pool, pool_rows=9, pool_width=120, batch_size=7, table_width=50),
 }
@@ -116,6 +121,29 @@ def test_the_workloads_are_what_they_say(mode: Mode) -> None:
     work = large_batch(mode, 512, 4000)
     assert int(work.seq_lens.max()) == (3992 if mode is Mode.TARGET_VERIFY else 4000)
     assert (0 in work.accept_lens) == (mode is Mode.DRAFT_EXTEND)
+
+
+def test_every_form_of_onepass_that_engines_get_is_run_beyond_the_heads_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By columns of a tile, pages or none, and row strides that are the same in all steps or not."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    forms, numbers = set(), set()
+    for make in WORKLOADS.values():
+        work = make()
+        setup = work.setup
+        assert work.needed_bytes() <= 28 << 30
+        if setup.table_width < 1024:
+            continue
+        shape = onepass._shape(work.batch_size, setup, work.seq_lens, setup.num_steps)
+        written = work.seq_lens[work.accept_lens > 0].clamp(max=setup.table_width)
+        if int(written.max()) > shape.head:
+            strided = setup.num_steps > 1 and setup.stride_skew > 0
+            forms.add((shape.columns, setup.page_size > 1, strided))
+            numbers |= {f"N {setup.num_draft_tokens}", f"p {setup.page_size}", f"B {work.batch_size}"}
+    single = {(columns, paged, False) for columns in (512, 256) for paged in (False, True)}
+    assert forms >= single | {(256, True, True), (128, True, False), (128, True, True), (128, False, True)}
+    assert numbers >= {"N 1", "N 2", "N 3", "N 4", "N 8", "p 1", "p 16", "p 64", "p 128", "B 65536"}
 
 
 def test_what_the_implementation_raises_is_passed_on() -> None:

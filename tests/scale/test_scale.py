@@ -7,8 +7,7 @@ its kind some more to compile; ``Workload.needed_bytes`` says how much of the GP
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Final
 
 import pytest
@@ -16,7 +15,7 @@ import torch
 from filelock import FileLock
 from scale.harness import POISON, Workload, first_mismatch, slot, spoil
 from scale.vectorised import Mismatch
-from scale.workloads import large_batch, long_pool, long_rows, many_rows, tall_tables, wide_tables
+from scale.workloads import WORKLOADS
 
 from nsa_verify import Mode
 from nsa_verify.core.implementation import registered
@@ -26,23 +25,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.scale]
 
 NAMES: Final = ("onepass", "triton-inplace", "precomputed-batched-copy")
 """Those that claim to be fast."""
-RAGGED, UNIFORM = Mode.DRAFT_EXTEND, (Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND_V2)
-
-WORKLOADS: Final[dict[str, Callable[[], Workload]]] = {
-    **{f"tall-tables-{mode}": partial(tall_tables, mode, 2300, 1_000_000, 4200) for mode in Mode},
-    **{f"{rows}-rows-{Mode.DECODE}": partial(many_rows, Mode.DECODE, rows) for rows in (65_535, 65_536)},
-    **{f"65536-rows-{mode}": partial(many_rows, mode, 65_536) for mode in UNIFORM},
-    **{f"{rows}-rows-{RAGGED}": partial(many_rows, RAGGED, rows) for rows in (65_535, 65_536, 65_537)},
-    **{f"large-batch-{mode}": partial(large_batch, mode, 512, 4000) for mode in (RAGGED, *UNIFORM)},
-    **{
-        f"long-rows-{batch_size}-S{steps}-{mode}": partial(long_rows, mode, batch_size, steps, 131_080)
-        for batch_size, steps in ((9, 1), (131, 1), (600, 1), (300, 3), (33, 8), (259, 8))
-        for mode in Mode
-    },
-    **{f"wide-tables-{mode}": partial(wide_tables, mode, 2080, 1 << 20) for mode in Mode},
-    **{f"long-pool-{mode}": partial(long_pool, mode, 2200, 1_000_000, 64, 4096) for mode in Mode},
-}
-"""A batch of 65,537 is more than ``Setup`` allows, and 65,537 is a prime: that many rows are ragged ones."""
 
 
 @pytest.fixture(autouse=True)

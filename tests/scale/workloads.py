@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import torch
@@ -119,13 +121,25 @@ def large_batch(mode: Mode, batch_size: int, longest: int) -> Workload:
     return workload(setup, mode, longest, rows=7 * batch_size)
 
 
-def long_rows(mode: Mode, batch_size: int, num_steps: int, width: int) -> Workload:
-    """Few long requests among short ones, at any place of the batch, up to the width of the tables."""
+def long_rows(
+    mode: Mode,
+    batch_size: int,
+    num_steps: int,
+    width: int,
+    tokens: int = 4,
+    page_size: int = 64,
+    stride_skew: int = 0,
+) -> Workload:
+    """Few long requests among short ones, at any place of the batch, up to the width of the tables.
+
+    Ragged batches accept half of all ``tokens``, and something of every long request.
+    """
     setup = Setup(
-        num_draft_tokens=4,
+        num_draft_tokens=tokens,
         index_topk=2048,
-        page_size=64,
+        page_size=page_size,
         table_width=width,
+        stride_skew=stride_skew,
         pool_rows=min(batch_size, 97),
         pool_width=width + 8,
         num_steps=num_steps,
@@ -134,10 +148,10 @@ def long_rows(mode: Mode, batch_size: int, num_steps: int, width: int) -> Worklo
         host_lengths=False,
         schedule=True,
     )
-    work = workload(setup, mode, min(width, 600), rows=2 * batch_size)
+    work = workload(setup, mode, min(width, 600), rows=tokens * batch_size // 2)
     chance = torch.Generator().manual_seed(batch_size)
-    real = batch_size - PADDED
-    places = torch.randperm(real, generator=chance)[: max(real // 40, 2)]
+    accepting = work.accept_lens[: batch_size - PADDED].nonzero()[:, 0]
+    places = accepting[torch.randperm(len(accepting), generator=chance)[: max(len(accepting) // 40, 2)]]
     work.seq_lens[places] = torch.randint(width // 4, width + 1, (len(places),), generator=chance)
     return work
 
@@ -182,3 +196,35 @@ def long_pool(mode: Mode, pool_rows: int, pool_width: int, batch_size: int, tabl
         host_lengths=False,
     )
     return workload(setup, mode, min(pool_width, table_width + 100), rows=3 * batch_size)
+
+
+RAGGED, UNIFORM = Mode.DRAFT_EXTEND, (Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND_V2)
+
+WORKLOADS: Final[dict[str, Callable[[], Workload]]] = {
+    **{f"tall-tables-{mode}": partial(tall_tables, mode, 2300, 1_000_000, 4200) for mode in Mode},
+    **{f"{rows}-rows-{Mode.DECODE}": partial(many_rows, Mode.DECODE, rows) for rows in (65_535, 65_536)},
+    **{f"65536-rows-{mode}": partial(many_rows, mode, 65_536) for mode in UNIFORM},
+    **{f"{rows}-rows-{RAGGED}": partial(many_rows, RAGGED, rows) for rows in (65_535, 65_536, 65_537)},
+    **{f"large-batch-{mode}": partial(large_batch, mode, 512, 4000) for mode in (RAGGED, *UNIFORM)},
+    **{
+        f"long-rows-{batch_size}-S{steps}-{mode}": partial(long_rows, mode, batch_size, steps, 131_080)
+        for batch_size, steps in ((9, 1), (131, 1), (600, 1), (300, 3), (33, 8), (259, 8))
+        for mode in Mode
+    },
+    **{
+        f"long-rows-{batch_size}-S{steps}-N{tokens}-p{page_size}-{mode}": partial(
+            long_rows, mode, batch_size, steps, width, tokens, page_size, stride_skew
+        )
+        for batch_size, steps, width, tokens, page_size, stride_skew, modes in (
+            (131, 1, 131_080, 3, 1, 0, (RAGGED, Mode.DRAFT_EXTEND_V2)),
+            (40, 2, 131_080, 2, 1, 0, (Mode.DECODE,)),
+            (33, 8, 131_080, 2, 1, 5, (RAGGED, Mode.TARGET_VERIFY)),
+            (65_536, 1, 5000, 1, 16, 0, (RAGGED, Mode.DECODE)),
+            (65_536, 5, 1500, 1, 128, 3, (RAGGED, Mode.DECODE)),
+        )
+        for mode in modes
+    },
+    **{f"wide-tables-{mode}": partial(wide_tables, mode, 2080, 1 << 20) for mode in Mode},
+    **{f"long-pool-{mode}": partial(long_pool, mode, 2200, 1_000_000, 64, 4096) for mode in Mode},
+}
+"""A batch of 65,537 is more than ``Setup`` allows, and 65,537 is a prime: that many rows are ragged ones."""
