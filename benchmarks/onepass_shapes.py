@@ -51,6 +51,11 @@ def changes_of(text: str) -> dict[str, int]:
     return found
 
 
+def cell(subject: timing.Subject) -> str:
+    """Its device time, or what it raised while it was timed."""
+    return f"[{subject.error}]" if subject.error else f"{median(subject.node_us):6.2f}"
+
+
 def main() -> None:
     """Measure all shapes, interleaved."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -72,14 +77,14 @@ def main() -> None:
             if size.num_steps != asked.steps:
                 continue
             given = timing.work(size, mode, "cuda")
-            answers = Answers(given.inputs, given.steps, given.setup)
+            answers = Answers(given.inputs, given.steps, given.setup, given.slots)
             call = timing.refresh_of(find("onepass"), given)
             subjects = []
             for name, changes in zip(names, shapes, strict=True):
                 onepass._shape = shaped(changes)
                 subjects.append(timing.prepared(name, call, True, "cuda", answers.check))
             timing.measure(subjects, "cuda", asked.repetitions)
-            times = " ".join(f"{median(it.node_us):6.2f}" for it in subjects)
+            times = " ".join(map(cell, subjects))
             print(f"{mode:16s} {size!s:44s} {floor.us(given.live_bytes):6.2f} | {times}", flush=True)
             del given, answers, call, subjects
             timing.forget("cuda")

@@ -20,9 +20,10 @@ from typing import Any, Final, NamedTuple
 import torch
 from msgspec import Struct
 
-from nsa_verify.core.buffers import TABLES, alias_of, shapes
+from nsa_verify.core.buffers import FROZEN, TABLES, alias_of, shapes
 from nsa_verify.core.case import CtxLens, Mode, Setup
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, Implementation, MetadataBuffers, ReplayInputs
+from nsa_verify.device.answers import Slots
 from nsa_verify.device.health import DeviceDied, refuse_dead
 from nsa_verify.device.launches import Launch, intercepted
 
@@ -35,7 +36,6 @@ NODES: Final = 40
 WARM_UPS: Final = 3
 COPIED: Final = 256 << 20
 """Bytes of the copy that bandwidth is measured with; more than the caches hold, so it is that of DRAM."""
-SLOT_LIMIT: Final = 1 << 30
 TOP_K: Final = 2048
 NO_MEMORY: Final = (MemoryError, torch.OutOfMemoryError)
 SAID: Final = ("out of memory", "can't allocate memory")
@@ -98,6 +98,8 @@ class Work(Struct, frozen=True):
     setup: Setup
     inputs: ReplayInputs
     steps: tuple[MetadataBuffers, ...]
+    slots: Slots
+    """What ``inputs.req_to_token`` is the table of."""
 
     @property
     def live_bytes(self) -> int:
@@ -140,7 +142,8 @@ def _reach(kv_lens: torch.Tensor, width: int, extent: Extent, block: int) -> tor
 
 
 def work(size: Size, mode: Mode, device: str, seed: int = 0) -> Work:
-    """Inputs of ``size`` drawn from ``seed``, and buffers of 0; accept lengths are 1 to N in DRAFT_EXTEND.
+    """Inputs of ``size`` drawn from ``seed``, and buffers of 0 beside the frozen aranges; accept lengths are 1 to N in
+    DRAFT_EXTEND.
 
     Raises ``MemoryError`` for what is more than the device has free.
     """
@@ -153,17 +156,18 @@ def work(size: Size, mode: Mode, device: str, seed: int = 0) -> Work:
     if mode is Mode.DRAFT_EXTEND:
         accepts = torch.randint(1, tokens + 1, (count,), generator=chance)
     host = lengths.to(torch.int32)
+    slots = Slots(count, size.table_width, device, seed)
     inputs = ReplayInputs(
         mode=mode,
         batch_size=count,
         seq_lens=host.to(device),
         seq_lens_cpu=host,
         req_pool_indices=torch.randperm(count, generator=chance).to(device),
-        req_to_token=torch.randint(0, SLOT_LIMIT, (count, size.table_width), dtype=torch.int32, device=device),
+        req_to_token=slots.table,
         accept_lens=accepts.to(torch.int32).to(device),
     )
     steps = tuple(_buffers(setup, mode, count, device) for _ in range(size.num_steps))
-    return Work(setup, inputs, steps)
+    return Work(setup, inputs, steps, slots)
 
 
 def _refuse_larger(setup: Setup, mode: Mode, device: str) -> None:
@@ -206,9 +210,12 @@ def _buffers(setup: Setup, mode: Mode, count: int, device: str) -> MetadataBuffe
     for name, shape in shapes(setup, mode, count).items():
         alias = alias_of(setup, mode, name)
         size = shape if name in (*TABLES, *OPTIONAL_OUTPUTS) else (shape.columns,)
-        made[name] = (
-            made[alias].view(size) if alias is not None else torch.zeros(size, dtype=torch.int32, device=device)
-        )
+        if alias is not None:
+            made[name] = made[alias].view(size)
+        elif name in FROZEN:
+            made[name] = torch.arange(shape.columns, dtype=torch.int32, device=device)
+        else:
+            made[name] = torch.zeros(size, dtype=torch.int32, device=device)
     return MetadataBuffers(**made)
 
 
@@ -254,6 +261,13 @@ class Subject(Struct):
     """Whether it raised that for want of memory."""
 
 
+class Merged(Exception):
+    """Calls are captured into one graph as other nodes than they are one by one, so that their time is that of no call.
+
+    The message says what is captured.
+    """
+
+
 class Candidate(NamedTuple):
     """A call that may be timed; ``capture``: also as a node of a graph."""
 
@@ -275,30 +289,35 @@ def _unchecked(call: Call) -> object:
 def prepared(name: str, call: Call, capture: bool, device: str, check: Check = _unchecked) -> Subject:
     """Warm ``call`` up, look at what it does, and capture ``NODES`` calls of it if it may be captured.
 
-    ``check`` makes one call and one replay of that graph. Raises ``WrongResult`` as it does, and what ``call`` raises.
+    ``check`` makes one call and one replay of that graph. Raises ``WrongResult`` as it does, ``Merged``, and what
+    ``call`` raises.
     """
     subject = Subject(name, call)
     with compilations(subject.compiled):
         for _ in range(WARM_UPS):
             call()
-    check(call)
-    if device != "cuda":
-        return subject
+        check(call)
+        if device == "cuda":
+            _look(subject, capture, check)
+    return subject
+
+
+def _look(subject: Subject, capture: bool, check: Check) -> None:
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     with _counted_syncs() as found:
-        call()
+        subject.call()
     subject.syncs = len(found)
     subject.allocations = torch.cuda.memory_stats()["allocation.all.allocated"] - before
     if capture:
-        subject.launches = _launches(call)
-        subject.graph = torch.cuda.CUDAGraph()
-        with _recorded(subject.graph):
-            for _ in range(NODES):
-                call()
+        subject.launches = _captured(subject.call, 1)[1]
+        subject.graph, nodes = _captured(subject.call, NODES)
+        if nodes != NODES * subject.launches:
+            one = f"{NODES} times the {subject.launches} of one call"
+            raise Merged(f"captures {nodes} nodes for {NODES} calls, which are not {one}")
+        subject.graph.instantiate()
         check(subject.graph.replay)
     torch.cuda.synchronize()
-    return subject
 
 
 @contextmanager
@@ -328,17 +347,18 @@ def _counted_syncs() -> Iterator[list[warnings.WarningMessage]]:
             waits += [it for it in found if "synchronizing CUDA operation" in str(it.message)]
 
 
-def _launches(call: Call) -> int:
-    """The nodes of a graph of one call."""
+def _captured(call: Call, calls: int) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of so many calls, which is to be instantiated, and how many nodes it has."""
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with _recorded(graph):
-        call()
+        for _ in range(calls):
+            call()
     count = ctypes.c_size_t()
     handle = ctypes.c_void_p(graph.raw_cuda_graph())
     error = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(handle, None, ctypes.byref(count))
     if error:
         raise RuntimeError(f"cuGraphGetNodes returned {error}")
-    return count.value
+    return graph, count.value
 
 
 def measure(subjects: Sequence[Subject], device: str, repetitions: int, calls: int = 20) -> None:

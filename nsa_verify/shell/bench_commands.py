@@ -16,7 +16,7 @@ from nsa_verify import __version__
 from nsa_verify.core.case import INT32_MAX, MAX_BATCH_SIZE, MAX_STEPS, MAX_TABLE_WIDTH
 from nsa_verify.core.findings import Outcome
 from nsa_verify.core.registry import ImplementationError
-from nsa_verify.engine.events import Event, RoundFinished, RunFinished, RunStarted
+from nsa_verify.engine.events import Event, RoundFinished, RunFinished, RunStarted, StopReason
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.process import EngineError
 from nsa_verify.engine.search import search
@@ -26,6 +26,7 @@ from nsa_verify.shell.options import ExitCode, Unable
 from nsa_verify.shell.render import columns, counted, json_text
 from nsa_verify.shell.reporter import console, say
 from nsa_verify.shell.timing_tables import times
+from nsa_verify.shell.timings import LEAST
 
 ENDLESS = 10_000_000
 LONG = 20
@@ -97,7 +98,8 @@ def _refusal(count: int, width: int, longest: int, steps: int, rest: int) -> str
     "--max-examples",
     type=click.IntRange(1),
     default=200,
-    help="Cases that an implementation must agree on before it is timed. [default: 200]",
+    help="Cases that are drawn; each implementation must agree on those that it runs before it is timed, on"
+    f" {LEAST} at least of each mode, eagerly and from captured graphs. [default: 200]",
 )
 @click.option(
     "--repetitions", type=click.IntRange(3), default=9, help="Medians are of so many, interleaved. [default: 9]"
@@ -134,7 +136,7 @@ def bench(
     measured in the same run; nodes use the same buffers again, so what fits into L2 is warm and may be faster. Numbers
     are microseconds, medians with the least and the most. On a GPU it also counts the forms of Triton kernels that were
     compiled, over all sizes of as many steps. What disagrees, there or on the inputs that are timed, is not timed: exit
-    code 1. What was judged in no case is not timed either: exit code 2.
+    code 1. What was judged in too few cases is not timed either: exit code 2.
     """
     if context.invoked_subcommand is not None:
         _refuse_lost(context)
@@ -169,7 +171,8 @@ def _refuse_lost(context: click.Context) -> None:
 
 
 class Rate(Struct, frozen=True):
-    """What was measured: cases in seconds, and the seconds of searchers and workers by name, all of them together."""
+    """What was measured: cases in seconds, and the seconds of searchers and workers by name, all of them together;
+    ``stop`` is why it ended."""
 
     description: str
     subjects: tuple[str, ...]
@@ -179,6 +182,7 @@ class Rate(Struct, frozen=True):
     cases: int
     seconds: float
     spent: dict[str, float]
+    stop: StopReason
 
     @property
     def cases_per_s(self) -> float:
@@ -235,6 +239,8 @@ def search_rate(
     else:
         for line in _lines(rate):
             say(out, line)
+    if finished.stop is StopReason.INTERRUPTED:
+        raise SystemExit(ExitCode.INTERRUPTED)
     if finished.signatures or finished.matrix.total(Outcome.UNKNOWN):
         raise SystemExit(ExitCode.DISAGREE if finished.signatures else ExitCode.UNABLE)
     if not rate.cases:
@@ -270,6 +276,7 @@ def _measure(plan: Plan, warm_up_s: float) -> tuple[Rate, RunFinished]:
                     cases=cases,
                     seconds=last - warm if cases else 0.0,
                     spent=dict(spent),
+                    stop=event.stop,
                 )
                 return rate, event
     except (DeviceError, EngineError, ImplementationError) as error:
@@ -287,7 +294,7 @@ def _lines(rate: Rate) -> Iterator[str]:
     per_worker = rate.cases_per_s / rate.workers
     yield (
         f"{counted(rate.cases, 'case')} in {rate.seconds:.1f} s: {rate.cases_per_s:.1f} cases/s in total,"
-        f" {per_worker:.1f} per worker, {counted(rate.workers, 'worker')}"
+        f" {per_worker:.1f} per worker, {counted(rate.workers, 'worker')}; {rate.stop}"
     )
     if not rate.cases:
         return

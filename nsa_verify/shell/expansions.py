@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
@@ -16,11 +17,12 @@ EDGES: Final = ((1, 4), (5000, 0), (3, 3), (2049, 2), (0, 4), (2, 0), (100, 1))
 
 
 class Expansions(NamedTuple):
-    """What may be timed, by the name of the implementation whose verdict it needs; how to check it; bytes that must
-    move."""
+    """What may be timed, by the name of the implementation whose verdict it needs; how to check it; how to have the
+    inputs hold what is timed; bytes that must move."""
 
     rows: dict[str, timing.Candidate]
     check: timing.Check
+    restore: Callable[[], object]
     live_bytes: int
 
 
@@ -28,7 +30,7 @@ def expansions(batch_size: int, device: str, tokens: int = 4) -> Expansions:
     """The ragged expansion alone, as stages 0 to 2 do it and in one launch.
 
     ``check`` makes the call for ``EDGES`` too, in the same memory, so that replays of a graph are checked likewise, and
-    looks at every row of the outputs; it leaves the batch that is timed.
+    looks at every row of the outputs, and at the inputs; it leaves the batch that is timed.
     """
     chance = torch.Generator().manual_seed(batch_size)
     accepts = torch.randint(1, tokens + 1, (batch_size,), generator=chance, dtype=torch.int32)
@@ -69,6 +71,7 @@ def expansions(batch_size: int, device: str, tokens: int = 4) -> Expansions:
                 expanded.fill_(POISON)
                 clamped.fill_(POISON)
                 call()
+                _refuse_changed(pairs, seq_lens, accept_lens)
                 wanted = _expanded(pairs)
                 _compare("expanded", expanded, wanted)
                 _compare("clamped", clamped, [min(it, timing.TOP_K) for it in wanted])
@@ -81,12 +84,21 @@ def expansions(batch_size: int, device: str, tokens: int = 4) -> Expansions:
         "engine-expansion-inplace": timing.Candidate("triton-inplace (stage 2)", stage_2, False),
         "engine-expansion": timing.Candidate("onepass", onepass, True),
     }
-    return Expansions(found, check, 4 * (2 * batch_size + 2 * len(_expanded(timed))))
+    return Expansions(found, check, lambda: load(timed), 4 * (2 * batch_size + 2 * len(_expanded(timed))))
 
 
 def _expanded(pairs: list[tuple[int, int]]) -> list[int]:
     """The contract's section 2, request by request."""
     return [max(0, length - accept + token + 1) for length, accept in pairs for token in range(accept)]
+
+
+def _refuse_changed(pairs: list[tuple[int, int]], seq_lens: Tensor, accept_lens: Tensor) -> None:
+    """Raises ``WrongResult`` unless the inputs are still those of ``pairs``."""
+    found = zip(seq_lens.tolist(), accept_lens.tolist(), strict=True)
+    for request, (wanted, got) in enumerate(zip(pairs, found, strict=True)):
+        for name, was, is_now in zip(("seq_lens", "accept_lens"), wanted, got, strict=True):
+            if is_now != was:
+                raise WrongResult(f"{name}, which is an input, was changed: [{request}] was {was} and is {is_now}")
 
 
 def _compare(name: str, out: Tensor, wanted: list[int]) -> None:

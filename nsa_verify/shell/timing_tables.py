@@ -19,7 +19,17 @@ from nsa_verify.shell import timing_page
 from nsa_verify.shell.options import ExitCode, Unable
 from nsa_verify.shell.render import columns, counted, json_text, tally_lines
 from nsa_verify.shell.reporter import say
-from nsa_verify.shell.timings import EXPANSION, Ask, Compilations, Timing, Timings, measured, verified, with_expansions
+from nsa_verify.shell.timings import (
+    EXPANSION,
+    LEAST,
+    Ask,
+    Compilations,
+    Timing,
+    Timings,
+    measured,
+    verified,
+    with_expansions,
+)
 
 if TYPE_CHECKING:
     from nsa_verify.device.timing import Size
@@ -35,8 +45,9 @@ EXPANSIONS = (1, 3, 32, 256)
 NOT_JUDGED = "no implementation was judged in the modes that were asked for"
 UNSCHEDULED = "not timed with schedule, since they do not write both paged_mqa_schedule and paged_mqa_ctx_lens"
 UNDECLARED = "left out, since they declare none of the modes that were asked for"
-UNJUDGED = "judged in no case, and so not timed (give more with -n)"
-UNCAPTURED = "judged from no captured graph, and so without a device time (give more cases with -n)"
+UNJUDGED = f"judged in fewer than {LEAST} cases, and so not timed (give more with -n)"
+UNCAPTURED = f"judged in fewer than {LEAST} captured cases, and so without a device time (give more with -n)"
+AGREED = "cases that each agreed on before it was timed, the fewest of a mode and executor"
 NOT_CAPTURED = "not captured"
 LAUNCHES = "launches are the nodes of a captured graph: where a call is not captured, nobody counts them"
 COMPILATIONS = "compiled by Triton over all sizes"
@@ -131,6 +142,8 @@ def facts(told: Timings, device: str) -> Iterator[str]:
     yield f"nsa-verify {told.version} on {told.device}"
     after = f"of {counted(told.cases, 'case')} each implementation agreed on all that it runs first; seed {told.seed}"
     yield f"medians of {told.repetitions} interleaved repetitions, in microseconds (least-most); {after}"
+    if least := dict(_least(told)):
+        yield f"{AGREED}: {', '.join(f'{name} {cases}' for name, cases in least.items())}"
     if device == "cuda" and told.bytes_per_us:
         bandwidth = f"{told.bytes_per_us / 1e6:.2f} TB/s"
         yield f"an empty node takes {told.empty_node_us:.2f} us, a copy through DRAM moves {bandwidth}"
@@ -147,6 +160,14 @@ def facts(told: Timings, device: str) -> Iterator[str]:
     yield from tally_lines(Tally(told.fallbacks))
 
 
+def _least(told: Timings) -> Iterator[tuple[str, int]]:
+    """Each implementation that is judged, and on how many cases it agreed where these were fewest, but enough."""
+    for name, modes in told.judged.items():
+        enough = [cases for counts in modes.values() for cases in counts.values() if cases >= LEAST]
+        if enough:
+            yield name, min(enough)
+
+
 def _unscheduled(told: Timings) -> str:
     return f"{UNSCHEDULED}: {', '.join(told.unscheduled)}"
 
@@ -157,7 +178,7 @@ def unjudged(told: Timings) -> Iterator[str]:
         modes: dict[str, list[str]] = {}
         for it in told.unjudged:
             if (it.executor == EAGER) == is_eager:
-                modes.setdefault(it.implementation, []).append(it.mode)
+                modes.setdefault(it.implementation, []).append(f"{it.mode} ({it.cases})")
         if modes:
             pairs = "; ".join(f"{name} in {', '.join(missing)}" for name, missing in modes.items())
             yield f"{sentence}: {pairs}"

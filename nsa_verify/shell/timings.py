@@ -17,7 +17,7 @@ from nsa_verify import __version__
 from nsa_verify.core.case import Mode
 from nsa_verify.core.findings import Outcome
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Implementation, take_fallbacks
-from nsa_verify.engine.events import Matrix, RunFinished, RunStarted, Subject
+from nsa_verify.engine.events import Matrix, RunFinished, RunStarted, StopReason, Subject
 from nsa_verify.engine.plan import EAGER, Plan
 from nsa_verify.engine.search import search
 from nsa_verify.kernels import BACKEND_ROWS
@@ -31,9 +31,11 @@ EXPANSION_ROWS = ("engine-expansion", "engine-expansion-inplace")
 
 GRAPH = "graph"
 """The executor whose verdict a time on the device needs."""
+LEAST = 5
+"""Fewer cases of an implementation, mode and executor are no verdict."""
 
 Judged = dict[str, dict[Mode, set[str]]]
-"""By implementation and mode the executors under which it was judged, and agreed."""
+"""By implementation and mode the executors under which it was judged in ``LEAST`` cases or more, and agreed."""
 
 
 class Spread(Struct, frozen=True):
@@ -105,12 +107,13 @@ class Rejected(Struct, frozen=True):
 
 
 class Unjudged(Struct, frozen=True):
-    """What was asked for and is not timed, since no case of ``executor`` was judged: of others than ``eager`` that is
-    the time on the device alone."""
+    """What was asked for and is not timed, since only so many ``cases`` of ``executor`` were judged: of others than
+    ``eager`` that is the time on the device alone."""
 
     implementation: str
     mode: str
     executor: str
+    cases: int
 
 
 class Compilations(Struct, frozen=True, kw_only=True):
@@ -134,6 +137,8 @@ class Timings(Struct, kw_only=True):
     seed: int = 0
     cases: int = 0
     """That were drawn; before it was timed, each implementation agreed on those of them that it runs."""
+    judged: dict[str, dict[Mode, dict[str, int]]] = {}
+    """By implementation, mode and executor on how many it agreed, also where they are too few."""
     repetitions: int = 0
     empty_node_us: float = 0.0
     bytes_per_us: float = 0.0
@@ -182,12 +187,17 @@ def with_expansions(plan: Plan) -> tuple[Plan, tuple[str, ...]]:
 
 
 def verified(plan: Plan, told: Timings, device: str) -> tuple[Judged, ExitCode]:
-    """Run ``plan`` and note who disagreed; where the others were judged, and the exit code of such a run."""
+    """Run ``plan`` and note who disagreed; where the others were judged, and the exit code of such a run.
+
+    Raises ``KeyboardInterrupt`` if it was interrupted: what it saw by then is no verdict.
+    """
     subjects: tuple[Subject, ...] = ()
     for event in search(plan, lambda found: found, __version__, {}):
         if isinstance(event, RunStarted):
             subjects, told.device = event.subjects, event.device
         elif isinstance(event, RunFinished):
+            if event.stop is StopReason.INTERRUPTED:
+                raise KeyboardInterrupt
             told.cases, told.fallbacks = event.cases, event.tally.fallbacks
             accused: dict[str, str] = {}
             for signature in event.signatures:
@@ -206,19 +216,21 @@ def verified(plan: Plan, told: Timings, device: str) -> tuple[Judged, ExitCode]:
 
 
 def _judged(subjects: Sequence[Subject], matrix: Matrix, told: Timings) -> Judged:
-    """Where ``subjects`` were judged; in ``told`` where they were not, though they declare it."""
-    judged: Judged = {it.name: {mode: set() for mode in it.modes} for it in subjects}
-    for (name, executor, mode), cell in matrix.cells.items():
-        if name in judged and cell.cases:
-            judged[name][mode].add(executor)
+    """Where ``subjects`` were judged; in ``told`` in how many cases, and where too few, though they declare it."""
     told.undeclared = [it.name for it in subjects if not it.modes]
-    for name, modes in judged.items():
-        told.unjudged += [Unjudged(name, mode, EAGER) for mode, executors in modes.items() if EAGER not in executors]
-    kept = {
-        name: {mode: executors for mode, executors in modes.items() if EAGER in executors}
-        for name, modes in judged.items()
-    }
-    return {name: modes for name, modes in kept.items() if modes}
+    told.judged = {it.name: {mode: {} for mode in it.modes} for it in subjects if it.modes}
+    for (name, executor, mode), cell in matrix.cells.items():
+        if name in told.judged and cell.cases:
+            told.judged[name][mode][executor] = cell.cases
+    judged: Judged = {}
+    for name, modes in told.judged.items():
+        for mode, counts in modes.items():
+            if (cases := counts.get(EAGER, 0)) < LEAST:
+                told.unjudged.append(Unjudged(name, mode, EAGER, cases))
+            else:
+                enough = {executor for executor, count in counts.items() if count >= LEAST}
+                judged.setdefault(name, {})[mode] = enough
+    return judged
 
 
 def measured(ask: Ask, judged: Judged, told: Timings, device: str, say: Say) -> None:
@@ -236,7 +248,7 @@ def measured(ask: Ask, judged: Judged, told: Timings, device: str, say: Say) -> 
         told.unscheduled = [it.name for it in chosen if not it.optional_outputs >= OPTIONAL_OUTPUTS]
     if device == "cuda":
         told.unjudged += [
-            Unjudged(name, mode, GRAPH)
+            Unjudged(name, mode, GRAPH, told.judged[name][mode].get(GRAPH, 0))
             for name, modes in judged.items()
             for mode, executors in modes.items()
             if mode in known[name].capturable and GRAPH not in executors
@@ -302,7 +314,7 @@ class _Bench:
 
         try:
             given = timing.work(size, mode, self._device, seed)
-            answers = Answers(given.inputs, given.steps, given.setup)
+            answers = Answers(given.inputs, given.steps, given.setup, given.slots)
         except Exception as error:
             if not timing.is_no_memory(error):
                 raise
@@ -313,10 +325,9 @@ class _Bench:
         candidates = {
             it.name: timing.Candidate(it.name, timing.refresh_of(it, given), mode in it.capturable and GRAPH in judges)
             for it, judges in executors.items()
-            if it.not_applicable(given.setup, mode) is None
         }
         where = _Where(str(mode), str(size), size.num_steps, size.schedule)
-        self._time(candidates, answers.check, where, given.live_bytes, moved)
+        self._time(candidates, answers, where, given.live_bytes, moved)
         del given, answers, candidates
         timing.forget(self._device)
 
@@ -327,7 +338,7 @@ class _Bench:
 
         where = _Where(EXPANSION, f"B {batch_size}")
         try:
-            rows, check, live_bytes = expansions(batch_size, self._device)
+            given = expansions(batch_size, self._device)
         except Exception as error:
             if not timing.is_no_memory(error):
                 raise
@@ -335,10 +346,11 @@ class _Bench:
             return
         candidates = {
             name: it._replace(capture=it.capture and GRAPH in executors[name])
-            for name, it in rows.items()
+            for name, it in given.rows.items()
             if name in executors
         }
-        self._time(candidates, check, where, live_bytes, {it.name: live_bytes for it in rows.values()})
+        moved = {it.name: given.live_bytes for it in candidates.values()}
+        self._time(candidates, given, where, given.live_bytes, moved)
 
     def compilations(self) -> list[Compilations]:
         """Of all that is timed and launches Triton kernels."""
@@ -360,16 +372,25 @@ class _Bench:
     def _time(
         self,
         candidates: Mapping[str, Any],
-        check: Callable[..., object],
+        answers: Any,
         where: _Where,
         live_bytes: int,
         moved: Mapping[str, int],
     ) -> None:
-        """Time those of ``candidates``, by implementation, that ``check`` finds right."""
+        """Time those of ``candidates``, by implementation, that ``answers.check`` finds right.
+
+        What others leave in the inputs, ``answers.restore`` mends before the next one.
+        """
         from nsa_verify.device import timing
 
-        found = [self._prepared(it, name, check, where) for name, it in candidates.items() if name not in self._wrong]
-        subjects = [it for it in found if it is not None]
+        subjects = []
+        for name, it in candidates.items():
+            if name not in self._wrong:
+                subject = self._prepared(it, name, answers.check, where)
+                if subject is not None:
+                    subjects.append(subject)
+                else:
+                    answers.restore()
         try:
             timing.measure(subjects, self._device, self._repetitions)
         finally:
@@ -402,8 +423,9 @@ class _Bench:
         except WrongResult as wrong:
             self._wrong.add(implementation)
             told.rejected.append(Rejected(it.name, str(wrong), where.mode, where.size, wrong=True))
-            alike = (where.mode == EXPANSION, it.name)
-            told.timings = [timed for timed in told.timings if (timed.mode == EXPANSION, timed.implementation) != alike]
+            told.timings = list(_without(it.name, where.mode == EXPANSION, told.timings))
+        except timing.Merged as merged:
+            told.rejected.append(Rejected(it.name, str(merged), where.mode, where.size))
         except Exception as error:  # noqa: BLE001 - an implementation may raise anything
             if timing.is_no_memory(error):
                 self._skip(it.name, where, timing.sentence(error))
@@ -414,6 +436,15 @@ class _Bench:
             subject.fallbacks = tuple(dict.fromkeys(take_fallbacks()))
             return subject
         return None
+
+
+def _without(name: str, in_expansions: bool, timings: Sequence[Timing]) -> Iterator[Timing]:
+    """Those of others, who are not compared with ``name`` any more, in refreshes or expansions."""
+    for it in timings:
+        if (it.mode == EXPANSION) != in_expansions:
+            yield it
+        elif it.implementation != name:
+            yield replace(it, host_ratio=None) if name in BASELINES else it
 
 
 def _timings(

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import runpy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace as replace_fields
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +28,10 @@ from nsa_verify.device.answers import POISON, Answers, WrongResult
 from nsa_verify.device.health import DeviceDied
 from nsa_verify.device.pool import slot_table
 from nsa_verify.device.timing import (
+    NODES,
     Compiled,
     Floor,
+    Merged,
     Size,
     Subject,
     compilations,
@@ -243,6 +252,106 @@ def test_every_form_of_a_kernel_is_counted_once(monkeypatch: pytest.MonkeyPatch)
     assert sorted(kernels.index(kernel) for kernel, _ in found.values()) == [0, 1, 1]
     seen = prepared("two", lambda: [kernel.run(1) for kernel in kernels], False, "cpu").compiled
     assert list(seen) == [id(kernel.forms[1]) for kernel in kernels]
+
+
+class Graph:
+    """As much of ``torch.cuda.CUDAGraph`` as is captured into, counted and replayed; a node for each ``launch``."""
+
+    recording: Graph | None = None
+
+    def __init__(self, keep_graph: bool = False) -> None:
+        assert keep_graph, "else its nodes cannot be counted"
+        self.nodes: list[int] = []
+        self.is_instantiated, self.replays = False, 0
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Capture what is launched meanwhile."""
+        Graph.recording = self
+        try:
+            yield
+        finally:
+            Graph.recording = None
+
+    def raw_cuda_graph(self) -> int:
+        """No address, but the number of nodes."""
+        return len(self.nodes)
+
+    def instantiate(self) -> None:
+        """It can be replayed then."""
+        self.is_instantiated = True
+
+    def replay(self) -> None:
+        """Count it."""
+        assert self.is_instantiated
+        self.replays += 1
+
+
+def launch(kernels: int) -> None:
+    """Launch so many, into the graph if one is captured."""
+    if Graph.recording is not None:
+        Graph.recording.nodes += range(kernels)
+
+
+@pytest.fixture
+def _graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that captures, as far as ``prepared`` sees one."""
+
+    def nodes(handle: ctypes.c_void_p, _: None, count: Any) -> int:
+        count._obj.value = handle.value or 0
+        return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(cuGraphGetNodes=nodes))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Graph.record)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"allocation.all.allocated": 0})
+    for name in ("synchronize", "current_stream", "set_stream", "get_sync_debug_mode", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+
+
+@pytest.mark.usefixtures("_graphs")
+def test_all_calls_are_captured_and_replayed_once_before_they_are_timed() -> None:
+    subject = prepared("two", lambda: launch(2), True, "cuda", lambda call: call())
+    graph: Any = subject.graph
+    assert (subject.launches, len(graph.nodes), graph.replays) == (2, 2 * NODES, 1)
+
+
+@pytest.mark.usefixtures("_graphs")
+@pytest.mark.parametrize(("first", "others"), [(3, 0), (3, 2), (1, 2)])
+def test_calls_that_share_work_in_a_capture_are_refused(first: int, others: int) -> None:
+    seen: list[Graph | None] = []
+
+    def call() -> None:
+        launch(others if Graph.recording in seen else first)
+        seen.append(Graph.recording)
+
+    nodes = first + (NODES - 1) * others
+    sentence = f"^captures {nodes} nodes for 40 calls, which are not 40 times the {first} of one call$"
+    with pytest.raises(Merged, match=sentence):
+        prepared("shares", call, True, "cuda", lambda _: None)
+
+
+@pytest.mark.usefixtures("_graphs")
+def test_what_is_compiled_for_a_check_or_a_capture_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.runtime.jit.JITFunction", Kernel)
+    kernel = Kernel()
+
+    def check(call: timing.Call) -> None:
+        kernel.run(1)
+        call()
+
+    subject = prepared("captured", lambda: kernel.run(2 if Graph.recording else 0), True, "cuda", check)
+    assert list(subject.compiled) == [id(kernel.forms[it]) for it in (0, 1, 2)]
+    assert len(prepared("checked", lambda: kernel.run(0), False, "cpu", check).compiled) == 2
+
+
+def test_a_shape_that_raises_is_shown_as_what_it_raised() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "onepass_shapes.py"
+    cell = runpy.run_path(str(script))["cell"]
+    assert cell(Subject("timed", lambda: None, node_us=[3.0, 1.0, 2.0])) == "  2.00"
+    assert cell(Subject("raises", lambda: None, node_us=[1.0], error="OutOfResources: shared")) == (
+        "[OutOfResources: shared]"
+    )
 
 
 def test_the_work_is_right_for_an_implementation() -> None:

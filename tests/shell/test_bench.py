@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +29,7 @@ from nsa_verify.shell.timing_tables import lines, sized, unjudged
 from nsa_verify.shell.timings import (
     EXPANSION,
     EXPANSION_ROWS,
+    LEAST,
     Ask,
     Judged,
     Rejected,
@@ -94,8 +96,9 @@ def test_what_disagrees_is_not_timed(folder: Path) -> None:
 def test_the_schedule_is_refreshed_too_by_those_who_write_it(folder: Path) -> None:
     with registry_of_its_own():
         path = written(folder, name="plain", too_low=0)
-        done = invoke("bench", "--size", "2,64,20", *SMALL[5:], "--schedule", "--impl", path, *ONLY, "--json")
-        alone = invoke(*SMALL, "-n", 3, "--schedule", "--impl", path, "--only", "plain")
+        every = ("bench", "--size", "2,64,20", *SMALL[5:], "-n", 40)
+        done = invoke(*every, "--schedule", "--impl", path, *ONLY, "--json")
+        alone = invoke(*SMALL, "--schedule", "--impl", path, "--only", "plain")
     assert done.exit_code == 0
     told = json.loads(done.stdout)["timings"]
     assert told["unscheduled"] == ["plain"]
@@ -206,9 +209,9 @@ def test_the_rows_of_the_expansions_are_there() -> None:
     assert expansions(1, DEVICE).rows.keys() == {"python-loop", "triton-fused", *EXPANSION_ROWS}
 
 
-@pytest.mark.parametrize("wrong", ["padded", "clamped", "behind", "nobody"])
+@pytest.mark.parametrize("wrong", ["padded", "clamped", "behind", "nobody", "input"])
 def test_what_an_expansion_may_get_wrong_is_seen(wrong: str) -> None:
-    rows, check, _ = expansions(1, DEVICE)
+    rows, check, *_ = expansions(1, DEVICE)
     call = rows["python-loop"].call
     expanded, clamped, seq_lens, accept_lens = (
         inspect.getclosurevars(call).nonlocals[name] for name in ("expanded", "clamped", "seq_lens", "accept_lens")
@@ -224,6 +227,8 @@ def test_what_an_expansion_may_get_wrong_is_seen(wrong: str) -> None:
             clamped[:accept].add_((expanded[:accept] > TOP_K).int())
         elif (wrong == "behind" and 0 < accept < 4) or (wrong == "nobody" and not accept):
             clamped[accept] = 0
+        elif wrong == "input":
+            accept_lens.neg_()
 
     check(call)
     with pytest.raises(WrongResult):
@@ -249,7 +254,8 @@ def test_a_device_time_needs_the_verdict_of_captured_graphs(monkeypatch: pytest.
 
 def judged_as(cells: dict[CellKey, int], told: Timings) -> Judged:
     """What follows from a matrix of so many cases."""
-    subjects = [Subject(name, "", "live", (Mode.DECODE, Mode.TARGET_VERIFY)) for name in ("onepass", "python-loop")]
+    names = ("onepass", "python-loop", "triton-fused")
+    subjects = [Subject(name, "", "live", (Mode.DECODE, Mode.TARGET_VERIFY)) for name in names]
     matrix = Matrix({key: Cell(cases=cases, not_applicable=1) for key, cases in cells.items()})
     return _judged([*subjects, Subject("ragged", "", "live", ())], matrix, told)
 
@@ -257,12 +263,14 @@ def judged_as(cells: dict[CellKey, int], told: Timings) -> Judged:
 def test_what_was_not_judged_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     told = Timings()
     cells = {
-        ("onepass", "eager", Mode.DECODE): 2,
-        ("onepass", "graph", Mode.DECODE): 1,
-        ("onepass", "eager", Mode.TARGET_VERIFY): 1,
-        ("onepass", "graph", Mode.TARGET_VERIFY): 0,
-        ("python-loop", "eager", Mode.DECODE): 1,
+        ("onepass", "eager", Mode.DECODE): LEAST + 2,
+        ("onepass", "graph", Mode.DECODE): LEAST,
+        ("onepass", "eager", Mode.TARGET_VERIFY): LEAST + 1,
+        ("onepass", "graph", Mode.TARGET_VERIFY): LEAST - 1,
+        ("python-loop", "eager", Mode.DECODE): LEAST + 3,
         ("python-loop", "eager", Mode.TARGET_VERIFY): 0,
+        ("triton-fused", "eager", Mode.DECODE): LEAST - 1,
+        ("triton-fused", "graph", Mode.DECODE): LEAST,
     }
     judged = judged_as(cells, told)
     assert judged == {
@@ -273,19 +281,29 @@ def test_what_was_not_judged_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nsa_verify.device.timing.floor", starve)
     measured(Ask(plan=Plan(), sizes=(), expansions=(), repetitions=3), judged, told, "cuda", lambda _: None)
     assert list(unjudged(told)) == [
-        f"{timing_tables.UNJUDGED}: python-loop in target-verify",
-        f"{timing_tables.UNCAPTURED}: onepass in target-verify",
+        f"{timing_tables.UNJUDGED}: python-loop in target-verify (0); triton-fused in decode (4), target-verify (0)",
+        f"{timing_tables.UNCAPTURED}: onepass in target-verify (4)",
     ]
+    assert f"{timing_tables.AGREED}: onepass 5, python-loop 8, triton-fused 5" in lines(told, "cuda")
 
 
 def test_what_was_asked_for_and_not_judged_is_no_success() -> None:
-    done = invoke("bench", "--size", "1,64,8", "-n", 1, "--repetitions", 3, "-w", 1, "--only", "python-loop")
+    arguments = ("bench", "--size", "1,64,8", "-n", 10, "--repetitions", 3, "-w", 1, "--only", "python-loop")
+    done = invoke(*arguments)
     missing = f"{timing_tables.UNJUDGED}: python-loop in "
     modes = next(it for it in done.stdout.splitlines() if it.startswith(missing)).removeprefix(missing)
     timed = {it.partition(",")[0] for it in done.stdout.splitlines() if ", B 1 W 64 to 8" in it}
+    cases = {mode: int(count) for mode, count in re.findall(r"([a-z0-9-]+) \((\d+)\)", modes)}
     assert timed
-    assert timed | set(modes.split(", ")) == set(Mode)
+    assert all(it < LEAST for it in cases.values())
+    assert not timed & cases.keys()
+    assert timed | cases.keys() == set(Mode)
     assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, f"Error: {missing}{modes}")
+    told = json.loads(invoke(*arguments, "--json").stdout)["timings"]
+    assert {it["mode"]: it["cases"] for it in told["unjudged"]} == cases
+    counts = {mode: it["eager"] for mode, it in told["judged"]["python-loop"].items() if it}
+    assert {mode for mode, count in counts.items() if count >= LEAST} == timed
+    assert f"{timing_tables.AGREED}: python-loop {min(counts[it] for it in timed)}" in done.stdout.splitlines()
 
 
 def test_want_of_memory_for_the_floor_or_the_expansions_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,9 +342,9 @@ def test_sizes_that_are_measured_may_be_asked_for(numbers: tuple[int, ...]) -> N
 
 @pytest.mark.skipif(not NO_GPU, reason="a GPU compiles them")
 def test_without_a_gpu_kernels_are_not_timed() -> None:
-    done = invoke(*SMALL, "-n", 3, "--only", "onepass", "--only", "vectorized")
+    done = invoke(*SMALL, "--only", "onepass", "--only", "vectorized")
     assert "and of Triton kernels none, since the interpreter runs them (left out: onepass)" in done.stdout
-    assert refused(invoke(*SMALL, "-n", 3, "--only", "onepass")) == f"nothing was timed: {timing_tables.NO_GPU}"
+    assert refused(invoke(*SMALL, "--only", "onepass")) == f"nothing was timed: {timing_tables.NO_GPU}"
 
 
 @pytest.mark.parametrize(
