@@ -8,7 +8,7 @@ that a later campaign goes on from is in the corpus after each slice.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from nsa_verify.core.findings import Outcome
+from nsa_verify.core.findings import Finding, Outcome
 from nsa_verify.core.labels import possible_pairs
 from nsa_verify.engine.closing import accepted, finished, open_cases
 from nsa_verify.engine.corpus import CorpusError, Entry, Kind, Provenance, SavedFinding, dumps, scan
@@ -39,10 +39,10 @@ from nsa_verify.engine.events import (
     StopReason,
 )
 from nsa_verify.engine.exchange import Exchange, opened
-from nsa_verify.engine.filing import put_instead
+from nsa_verify.engine.filing import put_instead, remove
 from nsa_verify.engine.keeping import entry_of, keep
 from nsa_verify.engine.messages import Hello
-from nsa_verify.engine.plan import Hint, Plan
+from nsa_verify.engine.plan import Hint, Pattern, Plan
 from nsa_verify.engine.record import Record, recorded, save_record
 from nsa_verify.engine.replaying import Replayed, Status, replay_saved
 from nsa_verify.engine.saving import search_and_save
@@ -136,28 +136,58 @@ def _see_again(ask: Ask, record: Record, totals: Totals, told: Replayed, event: 
         totals.failing.append(event)
         return
     known = groups(ask.root)[0]
+    own = Bug.of(told.entry.finding) if told.entry.finding is not None else None
     for verdict in told.verdicts:
-        if verdict.primary is None:
-            continue
-        bug = Bug.of(SavedFinding.of(verdict.primary))
-        group = bug if bug in known else record.same(bug, [it.symptom for it in verdict.findings], known)
-        if group is None:  # the case fails in another way, or elsewhere: a search is to find and shrink that
-            totals.unclaimed.setdefault(bug, told.path)
-        else:
-            totals.findings.setdefault(group, (verdict.primary, Reliability(1, 1)))
-            if told.entry.finding is not None and group == Bug.of(told.entry.finding):
-                totals.failed.add(told.path)
-            totals.executors.setdefault(group, set()).add(verdict.executor)
-            record.see(group, verdict.primary.signature_in(True), now)
+        shown: dict[Bug, Finding] = {}
+        for finding in verdict.findings:
+            shown.setdefault(Bug.of(SavedFinding.of(finding)), finding)
+        symptoms = [it.symptom for it in shown]
+        mine = [it for it in known if it.implementation == verdict.implementation]
+        if own is not None and own in mine and own.symptom in symptoms and _is_shrunk(told.entry):
+            record.learn(own, now, symptoms)
+        # What is accepted stands for what is shown beside it, and nothing else.
+        candidates = [it for it in mine if ask.baseline.accepts(it) is None or it.symptom in symptoms]
+        standing = {bug: record.stands_for(bug, candidates) for bug in shown}
+        for bug, group in standing.items():
+            if group is not None:
+                totals.findings.setdefault(group, (shown[bug], Reliability(1, 1)))
+                totals.executors.setdefault(group, set()).add(verdict.executor)
+                record.see(group, shown[bug].signature_in(True) if bug.symptom == group.symptom else None, now)
+            elif _is_shrunk(told.entry) or own not in standing.values():
+                # The case fails in another way too, or elsewhere: a search is to find and shrink that.
+                totals.unclaimed.setdefault(bug, told.path)
+        if own in standing.values():
+            totals.failed.add(told.path)
+        elif own is not None and shown and (verdict.implementation, verdict.executor) == _accused(told.entry):
+            totals.instead[own] = str(next(iter(shown)))
+            record.disown(own, symptoms)
+            first = min(it.replay for it in shown.values())
+            if all(it is not None and ask.baseline.accepts(it) for it in standing.values()):
+                _note_mended(record, totals, told, first)
+
+
+def _note_mended(record: Record, totals: Totals, told: Replayed, reached: int) -> None:
+    """The case shows no more what it always showed before, and so does nothing else that is open, up to this replay."""
+    assert told.entry is not None
+    assert told.entry.finding is not None
+    origin = told.entry.provenance
+    if origin.failed == origin.attempts and reached >= told.entry.finding.replay:
+        totals.fixed.add(told.path)
+        record.unlearn(Bug.of(told.entry.finding))
+
+
+def _accused(entry: Entry) -> tuple[str, str]:
+    assert entry.finding is not None
+    return entry.finding.implementation, entry.finding.executor
 
 
 def _is_mended(told: Replayed) -> bool:
     """Whether the accused itself agreed, under its executor, with what it always disagreed on before."""
     if told.entry is None or told.entry.finding is None:
         return False
-    finding, origin = told.entry.finding, told.entry.provenance
+    origin = told.entry.provenance
     pairs = {(it.implementation, it.executor) for it in told.verdicts if it.outcome is Outcome.AGREE}
-    return (finding.implementation, finding.executor) in pairs and origin.failed == origin.attempts
+    return _accused(told.entry) in pairs and origin.failed == origin.attempts
 
 
 def _files(folder: Path) -> list[Path]:
@@ -240,8 +270,22 @@ def _plan(ask: Ask, record: Record, totals: Totals, choice: Choice, number: int,
         detail=True,
         known=tuple(chain.from_iterable(known.values())),
         again=tuple(chain.from_iterable(again.values())),
+        accepted=_accepted_patterns(ask, record, found),
         hints=tuple(Hint(bug.signature, shrunk[0].entry.case) for bug, shrunk in found.items() if shrunk),
         until_new=ask.kind == CHANGE,
+    )
+
+
+def _accepted_patterns(ask: Ask, record: Record, found: Iterable[Bug]) -> tuple[Pattern, ...]:
+    """What the baseline accepts, each with what the minimal cases of its groups show beside it."""
+    bugs = list(found)
+    return tuple(
+        pattern._replace(
+            beside=frozenset(
+                chain.from_iterable(record.symptoms(it, pattern.mode) for it in bugs if pattern.matches(it))
+            )
+        )
+        for pattern in ask.baseline.patterns
     )
 
 
@@ -253,8 +297,16 @@ def _saver(ask: Ask, record: Record, totals: Totals) -> Callable[[Disagreement, 
         known = {it: saved for it, saved in known.items() if saved}
         # What is accepted, or mended, stands for nothing but itself.
         others = [it for it in known if ask.baseline.accepts(it) is None]
-        other = None if bug in known else record.same(bug, found.symptoms, others)
         is_shrunk = bool(found.reliability.runs)
+        if is_shrunk and bug in known and not any(_is_shrunk(it.entry) for it in known[bug]):
+            # It was kept as it was drawn, so nobody knew yet which group it is of.
+            shrunk = [it for it in others if it != bug and any(_is_shrunk(case.entry) for case in known[it])]
+            other = record.same(bug, found.symptoms, shrunk)
+            if other is not None:
+                _drop(root, totals, known.pop(bug))
+                record.merge(bug, other)
+        else:
+            other = None if bug in known else record.same(bug, found.symptoms, others)
         if not is_shrunk:
             totals.tried.update(name for name, it in record.sightings.items() if found.signature in it.signatures)
         if other is not None and is_shrunk and not any(_is_shrunk(it.entry) for it in known[other]):
@@ -288,6 +340,15 @@ def _replaced(found: Disagreement, root: Path, entry: Entry, older: Saved) -> Di
         except CorpusError as error:
             return replace(found, problem=str(error), json=dumps(entry))
     return replace(found, path=path)
+
+
+def _drop(root: Path, totals: Totals, saved: list[Saved]) -> None:
+    """Remove cases of a group that another one stands for."""
+    for it in saved:
+        try:
+            remove(root, it.path, it.entry)
+        except CorpusError as error:
+            totals.problems.append(str(error))
 
 
 def _is_shrunk(entry: Entry) -> bool:

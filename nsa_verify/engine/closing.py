@@ -106,6 +106,7 @@ def _group(ask: Ask, record: Record, totals: Totals, bug: Bug, saved: Saved) -> 
         is_new=bug in totals.new,
         is_fixed=saved.path in totals.fixed and bug not in totals.findings,
         accepted=accepted.reason if accepted else "",
+        instead=totals.instead.get(bug, "") if bug not in totals.findings else "",
     )
 
 

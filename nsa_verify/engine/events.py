@@ -355,6 +355,8 @@ class Group(Struct, frozen=True, kw_only=True):
     """Whether its case agreed when it was replayed, and nothing like it was seen since."""
     accepted: str = ""
     """The reason that a baseline gives for it."""
+    instead: str = ""
+    """What its case shows now in its place."""
 
 
 class CampaignFinished(Struct, frozen=True):

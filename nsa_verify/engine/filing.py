@@ -98,6 +98,13 @@ def fold(root: Path, path: Path, before: Entry) -> Path:
         return twin
 
 
+def remove(root: Path, path: Path, before: Entry) -> None:
+    """Remove ``path``, which holds ``before``. Raises ``CorpusError``, also if it holds something else by now."""
+    with changing(root, path):
+        _check(path, before)
+        path.unlink(missing_ok=True)
+
+
 def _rank(path: Path) -> tuple[bool, Path]:
     return slug_of(path) == path.stem, path
 
@@ -170,4 +177,4 @@ def _date(provenance: Provenance) -> datetime | None:
     return date if date.tzinfo is not None else date.replace(tzinfo=UTC)
 
 
-__all__ = ["Fate", "fold", "put_beside", "put_instead"]
+__all__ = ["Fate", "fold", "put_beside", "put_instead", "remove"]

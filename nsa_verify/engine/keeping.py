@@ -8,8 +8,9 @@ from pathlib import Path
 import msgspec
 
 from nsa_verify.core.findings import EXPLANATIONS, Finding
-from nsa_verify.engine.corpus import CorpusError, Entry, Kind, Provenance, SavedFinding, dumps, save
+from nsa_verify.engine.corpus import CorpusError, Entry, Kind, Provenance, SavedFinding, dumps
 from nsa_verify.engine.events import Disagreement
+from nsa_verify.engine.filing import put_beside
 from nsa_verify.engine.plan import EAGER
 
 
@@ -39,11 +40,12 @@ def slug_for(finding: Finding | SavedFinding) -> str:
 
 
 def keep(found: Disagreement, root: Path, provenance: Provenance) -> Disagreement:
-    """Save ``found`` under ``root/crashing``; if that fails the entry's text is in the result, so nothing is lost."""
+    """Save ``found`` under ``root/crashing``, beside what stands for another finding of the same case; if that fails
+    the entry's text is in the result, so nothing is lost."""
     entry = entry_of(found, provenance)
     finding = found.finding
     try:
-        path = save(root, Kind.CRASHING, entry, slug_for(finding))
+        path, _ = put_beside(root, Kind.CRASHING, entry, slug_for(finding))
     except CorpusError as error:
         return msgspec.structs.replace(found, problem=str(error), json=dumps(entry))
     return msgspec.structs.replace(found, path=path)

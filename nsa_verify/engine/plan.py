@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from hashlib import sha256
 from random import Random
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from msgspec import Struct
 
 from nsa_verify.core.case import Case, Mode
-from nsa_verify.core.findings import Signature
+from nsa_verify.core.findings import Finding, Signature, Verdict
 
 ROUND_CASES: Final = 10
 """Cases of a round: they share a swarm, and a round is drawn by one worker."""
@@ -33,6 +33,23 @@ class Hint(NamedTuple):
 
     signature: Signature
     case: Case
+
+
+class Pattern(NamedTuple):
+    """Findings that have something in common; of the first four whatever is empty matches any."""
+
+    implementation: str
+    code: str = ""
+    mode: str = ""
+    place: str = ""
+    beside: frozenset[str] = frozenset()
+    """``Finding.symptom`` of what else comes with them."""
+
+    def matches(self, found: Any) -> bool:
+        """Whether it is about ``found``, a finding or what stands for some."""
+        wanted = (self.implementation, self.code, self.mode, self.place)
+        there = (found.implementation, found.code, found.mode, found.place)
+        return all(not ours or ours == theirs for ours, theirs in zip(wanted, there, strict=True))
 
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -90,12 +107,31 @@ class Plan(Struct, frozen=True, kw_only=True):
     """What earlier runs have shrunk and kept: seen again, it is told, and neither shrunk nor kept."""
     again: tuple[Signature, ...] = ()
     """What earlier runs have kept as it was drawn: seen again, it is shrunk and kept, and is not new."""
+    accepted: tuple[Pattern, ...] = ()
+    """What is no news: a verdict is about the gravest finding that is not of these, if it has one."""
     hints: tuple[Hint, ...] = ()
     """Minimal cases that earlier runs have kept, to be tried first when what may be the same bug is shrunk."""
     until_new: bool = False
     """Whether no more is drawn once something was seen that is neither ``known`` nor to be shrunk ``again``."""
     blind: tuple[str, ...] = ()
     """Checks that are not made (``nsa_verify.engine.blinding.CHECKS``)."""
+
+    def named(self, verdict: Verdict) -> Finding | None:
+        """The finding that ``verdict`` is about: the gravest that is not ``accepted``; if all are, the gravest."""
+        return next(iter(self.news(verdict)), None)
+
+    def accepts(self, finding: Finding) -> bool:
+        """Whether ``finding`` is one of ``accepted``."""
+        return any(it.matches(finding) for it in self.accepted)
+
+    def news(self, verdict: Verdict) -> tuple[Finding, ...]:
+        """The findings of ``verdict``, gravest first, that are not ``accepted`` and do not come with such; if none is
+        left, all of them."""
+        here = [pattern for pattern in self.accepted if any(map(pattern.matches, verdict.findings))]
+        found = verdict.findings
+        for pattern in here:
+            found = tuple(it for it in found if not pattern.matches(it) and it.symptom not in pattern.beside)
+        return found or verdict.findings
 
     @property
     def rounds(self) -> int:

@@ -7,7 +7,7 @@ loses at most the counts of the search that it was in: what that one found is in
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -16,7 +16,8 @@ import msgspec
 from filelock import FileLock, Timeout
 from msgspec import Struct
 
-from nsa_verify.core.findings import Signature
+from nsa_verify.core.case import Mode
+from nsa_verify.core.findings import Signature, symptom_of
 from nsa_verify.core.labels import LABELS, Coverage, Pair
 from nsa_verify.engine.corpus import CorpusError
 from nsa_verify.engine.sharing import Shares
@@ -85,17 +86,49 @@ class Record(Struct, forbid_unknown_fields=True):
                     return other
         return None
 
-    def see(self, bug: Bug, signature: Signature, when: str, symptoms: Iterable[str] = ()) -> bool:
-        """Count a sighting of ``bug``, whose minimal case shows ``symptoms``; whether it is the first."""
-        known = self.sightings.get(str(bug))
-        if known is None:
-            known = self.sightings[str(bug)] = Sighting(first_seen=when, last_seen=when)
+    def stands_for(self, bug: Bug, others: Collection[Bug]) -> Bug | None:
+        """Which of ``others``, itself first, is known by what ``bug`` is, or has a minimal case that shows it."""
+        mine = [it for it in others if it.implementation == bug.implementation]
+        named = [it for it in mine if it == bug or it.symptom == bug.symptom]
+        return next((it for it in (*named, *mine) if it in named or bug.symptom in self.symptoms(it)), None)
+
+    def see(self, bug: Bug, signature: Signature | None, when: str, symptoms: Iterable[str] = ()) -> bool:
+        """Count a sighting of ``bug``, whose minimal case shows ``symptoms``; whether it is the first.
+
+        From now on whatever has the ``signature``, if one is given, is taken for it.
+        """
+        known = self._sighting(bug, when)
         is_first = known.seen == 0
         self._count(known, when)
-        if signature not in known.signatures:
+        if signature is not None and signature not in known.signatures:
             known.signatures.append(signature)
         known.symptoms = list(dict.fromkeys((*known.symptoms, *symptoms)))
         return is_first
+
+    def _sighting(self, bug: Bug, when: str) -> Sighting:
+        return self.sightings.setdefault(str(bug), Sighting(first_seen=when, last_seen=when))
+
+    def symptoms(self, bug: Bug, mode: str = "") -> list[str]:
+        """What the minimal case of ``bug`` shows; with a ``mode`` only of that."""
+        known = self.sightings.get(str(bug))
+        return [it for it in known.symptoms if mode in ("", it.split()[1])] if known is not None else []
+
+    def learn(self, bug: Bug, when: str, symptoms: Iterable[str]) -> None:
+        """Take ``symptoms`` for what the minimal case of ``bug`` always showed, if nothing is known of that."""
+        known = self._sighting(bug, when)
+        known.symptoms = known.symptoms or list(dict.fromkeys(symptoms))
+
+    def disown(self, bug: Bug, symptoms: Collection[str]) -> None:
+        """The minimal case of ``bug`` shows ``symptoms`` instead: what has these is another bug."""
+        if (known := self.sightings.get(str(bug))) is not None:
+            known.signatures = [it for it in known.signatures if _symptom(it) not in symptoms]
+
+    def merge(self, bug: Bug, other: Bug) -> None:
+        """``bug`` turned out to be ``other``."""
+        known, into = self.sightings.pop(str(bug), None), self.sightings.get(str(other))
+        if known is not None and into is not None:
+            into.first_seen = min(into.first_seen, known.first_seen)
+            into.signatures += [it for it in known.signatures if it not in into.signatures]
 
     def rename(self, bug: Bug, name: Bug) -> None:
         """The group ``bug`` is known by ``name`` from now on."""
@@ -121,6 +154,10 @@ class Record(Struct, forbid_unknown_fields=True):
     def forget_all_but(self, bugs: set[str]) -> None:
         """Drop the sightings of groups that are not in the corpus any more: seen again, they are new."""
         self.sightings = {bug: it for bug, it in self.sightings.items() if bug in bugs}
+
+
+def _symptom(signature: Signature) -> str:
+    return symptom_of(signature.code, Mode(signature.mode), signature.place) if signature.mode else ""
 
 
 def _text(pair: Pair) -> str:

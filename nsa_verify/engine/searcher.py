@@ -226,14 +226,14 @@ def _round_result(
         left_out = f"{msgspec.json.encode(task.case).decode()} "
         for place, judgement in enumerate(judgements):
             before = outcomes.before.get((number, place), [])
-            _count(result, task.case, judgement, before, plan.detail)
+            _count(result, task.case, judgement, before, plan)
             lines.setdefault(task.pairs[place], []).append(left_out + _summary(judgement.verdict))
         for pair in without:
             _leave_out(result, task.case, pair)
         if plan.coverage:
             result.coverage.count(task.case)
         if plan.observe:
-            result.observed.append(_observed(task.case, judgements, plan.detail))
+            result.observed.append(_observed(task.case, judgements, plan))
         result.cases += 1
     result.spent = taken() | {f"worker: {name}": seconds for name, seconds in keeper.spent.items()}
     keeper.spent.clear()
@@ -289,14 +289,14 @@ def _moved(death: Verdict, case: Case) -> Verdict:
     return msgspec.structs.replace(death, findings=(finding,))
 
 
-def _count(result: RoundResult, case: Case, judgement: Judgement, before: list[Case], detail: bool) -> None:
+def _count(result: RoundResult, case: Case, judgement: Judgement, before: list[Case], plan: Plan) -> None:
     verdict, skipped = judgement.verdict, {skip.mode: skip for skip in judgement.skips}
-    primary = verdict.primary
+    primary = plan.named(verdict)
     result.tally.count(verdict, eager=verdict.executor == EAGER)
     unknown = verdict.outcome is Outcome.UNKNOWN
     if unknown:
         result.unjudged.append(Unjudged(verdict, case))
-    signature = primary.signature_in(detail) if primary is not None else None
+    signature = primary.signature_in(plan.detail) if primary is not None else None
     if primary is not None and signature is not None and all(seen.signature != signature for seen in result.seen):
         result.seen.append(Seen(signature, primary, case, result.cases, before))
     for mode in dict.fromkeys(replay.mode for replay in case.replays):
@@ -312,11 +312,11 @@ def _count(result: RoundResult, case: Case, judgement: Judgement, before: list[C
         result.matrix.cell(verdict.implementation, verdict.executor, mode).add(cell)
 
 
-def _observed(case: Case, judgements: Sequence[Judgement], detail: bool) -> Observed:
+def _observed(case: Case, judgements: Sequence[Judgement], plan: Plan) -> Observed:
     verdicts = [it.verdict for it in judgements if it.verdict.outcome is not Outcome.NOT_APPLICABLE]
     return Observed(
         case,
-        tuple(it.primary.signature_in(detail) for it in verdicts if it.primary is not None),
+        tuple(found.signature_in(plan.detail) for it in verdicts if (found := plan.named(it)) is not None),
         tuple(it.reason for it in verdicts if it.outcome is Outcome.UNKNOWN),
         len(verdicts),
     )

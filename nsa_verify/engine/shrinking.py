@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from msgspec import Struct
 
@@ -76,14 +76,16 @@ def shrink(plan: Plan, index: int, seen: Seen, hints: Sequence[Case] = ()) -> Sh
     if not tried.shown:
         return None
     case, verdict = tried.minimal
-    reliability = _reliability(keeper, case, signature)
+    finding = plan.named(verdict)
+    assert finding is not None
+    reliability = _reliability(plan, case, finding)
     drawn = pictures_of(plan, case, signature) if plan.pictures and not tried.stopped else ()
-    symptoms = [it.symptom for it in verdict.findings]
+    symptoms = [it.symptom for it in plan.news(verdict)]
     if plan.detail and not tried.stopped:
-        symptoms += _symptoms_elsewhere(keeper, case, verdict.findings)
+        symptoms += _symptoms_elsewhere(keeper, case, finding, symptoms)
     return ShrinkResult(
         case=case,
-        finding=verdict.findings[0],
+        finding=finding,
         probes=probes,
         stable=tried.stable,
         reliability=reliability,
@@ -132,22 +134,26 @@ class _Probes:
         return True
 
     def is_it(self, verdict: Verdict) -> bool:
-        """Whether the primary finding is what is looked for."""
-        return verdict.primary is not None and verdict.primary.signature_in(self._plan.detail) == self._signature
+        """Whether it is about what is looked for."""
+        return _is_about(self._plan, verdict, self._signature)
 
 
-def _symptoms_elsewhere(keeper: Keeper | Inside, case: Case, findings: Sequence[Finding]) -> list[str]:
-    """Which of ``findings`` the ``case`` shows in other modes too; what else it shows there is another bug."""
-    primary = findings[0]
-    pair = (primary.implementation, primary.executor)
-    here = {symptom_of(it.code, primary.mode, it.place) for it in findings}
+def _is_about(plan: Plan, verdict: Verdict, signature: Signature) -> bool:
+    finding = plan.named(verdict)
+    return finding is not None and finding.signature_in(plan.detail) == signature
+
+
+def _symptoms_elsewhere(keeper: Keeper | Inside, case: Case, finding: Finding, symptoms: Collection[str]) -> list[str]:
+    """Which of its ``symptoms``, that of ``finding`` among them, the ``case`` shows in other modes too; what else it
+    shows there is another bug."""
+    pair = (finding.implementation, finding.executor)
     found: dict[str, None] = {}
     for mode in Mode:
-        for moved in transferred(case, primary.mode, mode) if mode is not primary.mode else ():
+        for moved in transferred(case, finding.mode, mode) if mode is not finding.mode else ():
             if stopping():
                 break
-            verdict = keeper.judge_whatever(moved, pair, primary.code in DEATHS)
-            shown = [it for it in verdict.findings if symptom_of(it.code, primary.mode, it.place) in here]
+            verdict = keeper.judge_whatever(moved, pair, finding.code in DEATHS)
+            shown = [it for it in verdict.findings if symptom_of(it.code, finding.mode, it.place) in symptoms]
             found |= dict.fromkeys(it.symptom for it in shown)
     return list(found)
 
@@ -157,7 +163,7 @@ def pictures_of(plan: Plan, case: Case, signature: Signature) -> tuple[Picture, 
     keeper, pair = keeper_of(plan), (signature.implementation, signature.executor)
     for _ in range(PICTURE_RUNS if signature.code not in DEATHS else 0):
         verdict = keeper.pictured(case, pair)
-        if verdict.primary is not None and verdict.primary.signature_in(plan.detail) == signature:
+        if _is_about(plan, verdict, signature):
             return verdict.pictures
     return ()
 
@@ -208,12 +214,14 @@ def _verdict_of(keeper: Keeper | Inside, case: Case, signature: Signature, rerun
     return verdict
 
 
-def _reliability(keeper: Keeper | Inside, case: Case, signature: Signature) -> Reliability:
-    """How often the case disagrees, from a worker on in which nothing was run before."""
-    disagreed, pair = 0, (signature.implementation, signature.executor)
+def _reliability(plan: Plan, case: Case, finding: Finding) -> Reliability:
+    """How often the case disagrees, from a worker on in which nothing was run before; what is accepted does not count
+    for what is not."""
+    keeper, disagreed, pair = keeper_of(plan), 0, (finding.implementation, finding.executor)
     for run in range(RELIABILITY_RUNS):
         if run == 0 or keeper.hello().device == "cpu":  # a CUDA context takes seconds
             keeper.renew()
-        primary = keeper.judge_whatever(case, pair, signature.code in DEATHS).primary
-        disagreed += primary is not None and (signature.code not in DEATHS or primary.code is signature.code)
+        found = plan.named(keeper.judge_whatever(case, pair, finding.code in DEATHS))
+        if found is not None and plan.accepts(found) == plan.accepts(finding):
+            disagreed += finding.code not in DEATHS or found.code is finding.code
     return Reliability(disagreed, RELIABILITY_RUNS)

@@ -56,5 +56,7 @@ class Totals(Struct):
     """Crashing cases that fail as they did."""
     tried: set[str] = set()
     """Groups whose case could not be shrunk; not tried again by this campaign."""
+    instead: dict[Bug, str] = {}
+    """Of groups whose case does not show them any more, what it shows."""
     unknown: int = 0
     problems: list[str] = []

@@ -18,6 +18,7 @@ from msgspec import Struct
 from nsa_verify.core.case import Mode, size_of
 from nsa_verify.core.findings import Code, Signature, symptom_of
 from nsa_verify.engine.corpus import CorpusError, Entry, Kind, SavedFinding, load, scan
+from nsa_verify.engine.plan import Pattern
 
 
 class Bug(NamedTuple):
@@ -95,10 +96,14 @@ class Accepted(Struct, frozen=True, kw_only=True):
     mode: str = ""
     place: str = ""
 
+    @property
+    def pattern(self) -> Pattern:
+        """What it is about."""
+        return Pattern(self.implementation, self.code, self.mode, self.place)
+
     def matches(self, bug: Bug) -> bool:
         """Whether it is about ``bug``."""
-        wanted = {"implementation": self.implementation, "code": self.code, "mode": self.mode, "place": self.place}
-        return all(not value or getattr(bug, name) == value for name, value in wanted.items())
+        return self.pattern.matches(bug)
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.implementation, self.code, self.mode, self.place)))
@@ -131,6 +136,12 @@ class Baseline(NamedTuple):
         """The entry that accepts ``bug``, if one that has not expired does."""
         now = today or datetime.now(UTC).date()
         return next((it for it in self.entries if it.expires >= now and it.matches(bug)), None)
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """Of the entries that have not expired."""
+        now = datetime.now(UTC).date()
+        return tuple(it.pattern for it in self.entries if it.expires >= now)
 
     def expired(self, today: date | None = None) -> tuple[Accepted, ...]:
         """Entries that accept nothing any more."""

@@ -208,7 +208,9 @@ class FuzzReporter:
         self._line(f"  {', '.join(group.executors)}{also}; {seen}{again}")
         if group.accepted:
             self._line(f"  accepted: {group.accepted}")
-        if group.is_fixed:
+        if group.instead:
+            self._line(f"  its case shows {group.instead} instead now")
+        if group.is_fixed and not group.instead:
             self._line(f"  it agrees now: nsa-verify corpus promote {group.path.stem}")
         else:
             self._line(f"  reproduce {reproduce(group.path, group.implementation, plan=self._plan)}")

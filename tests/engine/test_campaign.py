@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nsa_verify.engine.events import CampaignFinished, CaseReplayed, Event, Slic
 from nsa_verify.engine.inflight import FOLDER
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.totals import Ask
+from nsa_verify.engine.triage import Accepted, Baseline
 
 WRONG = """
 from nsa_verify import Mode, implementation
@@ -77,6 +79,61 @@ def test_one_bug_in_all_modes_is_one_group_whichever_search_meets_it(tmp_path: P
         assert len(list(scan(ask.root / Kind.CRASHING))) == 1
         assert ended.exit_code == 1
     assert not group.is_new
+
+
+LENGTHS = "steps[0].cache_seqlens[:1].add_(1)"
+SLOTS = "steps[0].page_table_1[:1, :1].add_(7)"
+ACCEPTS = Accepted(
+    implementation="wrong", code="NV101", mode="decode", place="cache_seqlens inside", reason="r", expires=date.max
+)
+
+
+def broken(folder: Path, *faults: str, **more: Any) -> Ask:
+    """A campaign over an implementation with these faults, in whatever has a request."""
+    ask = asked(folder, "inputs.batch_size", budget_s=1, **more)
+    (path,) = map(Path, ask.plan.references)
+    path.write_text(path.read_text().replace("steps[0].page_table_1[:1, :1].add_(1)", "; ".join(faults) or "pass"))
+    return replace(ask, plan=replace(ask.plan, modes=(Mode.DECODE,)))
+
+
+def places(ended: CampaignFinished) -> list[tuple[str, bool, str]]:
+    """Of each group its place, whether it is accepted, and what its case shows instead."""
+    return [(it.place, bool(it.accepted), it.instead) for it in ended.groups]
+
+
+@pytest.mark.parametrize("accepted", [LENGTHS, SLOTS])
+def test_what_is_accepted_hides_no_other_bug_of_its_cases(tmp_path: Path, accepted: str) -> None:
+    """Not the one that is graver, nor the one that is less grave, though no case shows it alone."""
+    place, other = ("cache_seqlens inside", "page_table_1 inside")[:: 1 if accepted is LENGTHS else -1]
+    baseline = Baseline((replace(ACCEPTS, place=place),))
+    first, _ = run(broken(tmp_path, accepted, baseline=baseline))
+    assert (first.exit_code, places(first)) == (0, [(place, True, "")])
+    ended = run_until(broken(tmp_path, LENGTHS, SLOTS, baseline=baseline), (Mode.DECODE,), (Mode.DECODE,))
+    assert ended.exit_code == 1
+    assert sorted(places(ended)) == sorted([(place, True, ""), (other, False, "")])
+    again, _ = run(broken(tmp_path, accepted, baseline=baseline))
+    assert again.exit_code == 0
+
+
+def test_a_case_that_shows_another_bug_now_does_not_stand_for_it(tmp_path: Path) -> None:
+    run_until(broken(tmp_path, LENGTHS), (Mode.DECODE,))
+    run(broken(tmp_path, LENGTHS, SLOTS))
+    ended = run_until(broken(tmp_path, SLOTS), (Mode.DECODE,), (Mode.DECODE,))
+    other = "page_table_1 inside"
+    assert places(ended) == [("cache_seqlens inside", False, f"wrong NV101 decode {other}"), (other, False, "")]
+    mended, _ = run(broken(tmp_path))
+    assert (mended.exit_code, [it.is_fixed for it in mended.groups]) == (0, [True, True])
+
+
+def test_cases_kept_as_they_were_drawn_become_one_group_once_they_are_shrunk(tmp_path: Path) -> None:
+    ask = asked(tmp_path, ALL_MODES)
+    ask = replace(ask, plan=replace(ask.plan, modes=(Mode.DECODE, Mode.TARGET_VERIFY)))
+    run(replace(ask, plan=replace(ask.plan, shrink=False)))
+    assert len(list(scan(ask.root / Kind.CRASHING))) == 2
+    ended = run_until(ask, (Mode.DECODE, Mode.TARGET_VERIFY))
+    (path,) = scan(ask.root / Kind.CRASHING)
+    (group,) = ended.groups
+    assert (group.path, group.modes, ended.problems) == (path, (Mode.DECODE, Mode.TARGET_VERIFY), ())
 
 
 def test_a_saved_case_that_fails_for_another_is_red(tmp_path: Path) -> None:
