@@ -154,7 +154,7 @@ _ONE_STEP = _Shape(
 )
 """``turns`` are the most that there are, and ``head`` depends on them."""
 _SEVERAL_STEPS = _ONE_STEP._replace(turns=16, tails=132, columns=256)
-_MANY_STEPS = _ONE_STEP._replace(turns=32, lengths=16, columns=128, warps=1)
+_MANY_STEPS = _ONE_STEP._replace(turns=32, tails=132, lengths=16, columns=128, warps=1)
 _NARROW_WIDTH = 1024
 _NARROW = _ONE_STEP._replace(
     turns=2, head=256, tails=16, lengths=8, earlier=8, portions=4, columns=128, tail_portions=4
