@@ -157,7 +157,7 @@ def test_a_pull_request_is_searched_for_whatever_can_change_a_verdict() -> None:
     for path in paths:
         assert (ROOT / path.removesuffix("/**")).exists() or path == "baseline.toml"
     assert {"kernels/**", "nsa_verify/**", "strategies/**", "corpus/**", ".ci/**"} < set(paths)
-    assert {"pyproject.toml", "constraints.txt"} < set(paths)
+    assert {"pyproject.toml", "constraints.txt", ".github/workflows/nightly.yml"} < set(paths)
 
 
 def commands(job: str, step: str) -> str:
@@ -180,6 +180,7 @@ def planted(folder: Path, **programs: str) -> dict[str, str]:
 
 STUB = """echo "$*" >> calls
 echo said
+echo failed >&2
 case "$*" in *memcheck*) exit 1 ;; *racecheck*) exit 2 ;; *synccheck*) exit 1 ;; esac
 """
 
@@ -197,7 +198,17 @@ def test_the_weekly_job_runs_every_sanitizer_and_ends_with_the_gravest(tmp_path:
     reports = "--report json=reports/weekly-{}.json --report github"
     replays = [f"replay --sanitizer {it} {reports.format(it)} --impl mine.py" for it in tools]
     assert calls == ["fuzz --mode prune -w 1 --impl mine.py", *replays]
-    assert (tmp_path / "reports" / "weekly.txt").read_text(encoding="utf-8") == "said\n" * 5
+    assert (tmp_path / "reports" / "weekly.txt").read_text(encoding="utf-8") == "said\nfailed\n" * 5
+
+
+def test_what_prune_would_refuse_is_kept_from_it(tmp_path: Path) -> None:
+    environment = planted(tmp_path, nsa_verify='echo "$*" >> calls\n')
+    environment |= {"NSA_VERIFY_ARGS": "--engine ray", "NSA_VERIFY_PRUNE_ARGS": "", "NSA_VERIFY_SANITIZERS": ""}
+    for kind in ("night", "weekly"):
+        subprocess.run([SCRIPT, kind], cwd=tmp_path, env=environment, timeout=30, check=True)
+    night, weekly = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+    assert night.endswith(" --engine ray")
+    assert weekly == "fuzz --mode prune"
 
 
 def test_the_weekly_job_ends_when_it_is_interrupted(tmp_path: Path) -> None:

@@ -54,24 +54,26 @@ class Promise(Generic[T]):
 class Deferred:
     """While it is entered, and no crew is, Ctrl-C and SIGTERM are noted in ``asked``; a second one interrupts.
 
-    Whoever has handlers of his own, or calls from another thread, keeps what he has.
+    One that a crew has heard is noted when the crew ends, and is none of the two. One inside another takes its place:
+    it begins with what that has noted, and what it notes is its own. Whoever has handlers of his own, or calls from
+    another thread, keeps what he has.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self._has_heard = False
         self._before: dict[int, Any] = {}
 
     def __call__(self, _: int, __: FrameType | None) -> None:
         """Be the handler."""
-        if self.asked:
+        if self._has_heard:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = self._has_heard = True
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number, usual in _SIGNALS.items():
-                if signal.getsignal(number) is usual:
-                    self._before[number] = signal.signal(number, self)
+        _replace_usual(self, self._before)
+        if _was_asked(self._before):
+            self.asked = True
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,13 +81,29 @@ class Deferred:
             signal.signal(*self._before.popitem())
 
 
+def _replace_usual(handler: Any, before: dict[int, Any]) -> None:
+    """Have ``handler`` hear the signals that nobody handles, or a ``Deferred``; ``before`` gets what heard them."""
+    if threading.current_thread() is threading.main_thread():
+        for number, usual in _SIGNALS.items():
+            now = signal.getsignal(number)
+            if now is usual or isinstance(now, Deferred):
+                before[number] = now
+                signal.signal(number, handler)
+
+
+def _was_asked(before: dict[int, Any]) -> bool:
+    """Whether a ``Deferred`` of these handlers has noted a signal: to be asked when no more can come to it."""
+    return any(isinstance(it, Deferred) and it.asked for it in before.values())
+
+
 class BaseCrew(ABC):
     """``submit`` work, get promises; who does it is the business of those that inherit.
 
     While the crew is entered the first Ctrl-C or SIGTERM asks the work to end with what it has and sets
     ``interrupted``; a second one, or one that comes before the workers are up, is a ``KeyboardInterrupt`` wherever it
-    strikes, as is one that was ``Deferred`` before. A searcher that is killed from outside is replaced, and what it did
-    is begun again.
+    strikes, as is one that was ``Deferred`` before. The ``Deferred`` outside is told in the end of the one that came:
+    nobody may have looked at ``interrupted`` any more. A searcher that is killed from outside is replaced, and what it
+    did is begun again.
     """
 
     WERE_KILLED: ClassVar[str]
@@ -96,7 +114,7 @@ class BaseCrew(ABC):
         self.interrupted = False
         self.said: Hello
         """What a worker said when it was up; from ``hello`` on."""
-        self._up = False
+        self._up = self._has_heard = False
         self._interrupted_at_s = 0.0
         self._handlers: dict[int, Any] = {}
 
@@ -165,14 +183,13 @@ class BaseCrew(ABC):
 
     def __enter__(self) -> Self:
         searcher.stop(False)
-        # Whoever has a handler of his own, or calls from another thread, keeps what he has.
-        if threading.current_thread() is threading.main_thread():
-            handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-            if any(isinstance(it, Deferred) and it.asked for it in handlers.values()):
+        try:
+            _replace_usual(self._on_interrupt, self._handlers)
+            if _was_asked(self._handlers):
                 raise KeyboardInterrupt
-            for number, handler in handlers.items():
-                if handler is _SIGNALS[number] or isinstance(handler, Deferred):
-                    self._handlers[number] = signal.signal(number, self._on_interrupt)
+        except KeyboardInterrupt:
+            self._hand_back()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -183,16 +200,25 @@ class BaseCrew(ABC):
                     self._kill()
             self._end()
         finally:
+            self._hand_back()
             searcher.stop(False)
-            while self._handlers:
-                signal.signal(*self._handlers.popitem())
             searcher.close()
         if isinstance(error, BrokenProcessPool):
             raise EngineError(self.WERE_KILLED) from error
 
+    def _hand_back(self) -> None:
+        """Signals are heard again by whoever heard them before, who learns of the one that came to the crew."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        for handler in self._handlers.values() if self._has_heard else ():
+            if isinstance(handler, Deferred):
+                handler.asked = True
+        self._handlers.clear()
+
     def _on_interrupt(self, _: int, __: FrameType | None) -> None:
         if self.interrupted or not self._up:
             raise KeyboardInterrupt
+        self._has_heard = True
         self.stop()
 
 

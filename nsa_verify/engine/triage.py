@@ -125,7 +125,7 @@ class Baseline(NamedTuple):
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise CorpusError(f"{path}: cannot be read: {error.strerror}; check the path of --baseline") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise CorpusError(f"{path}: not valid TOML: {error}; correct it") from error
         tables = content.get("accepted", [])
         if content.keys() - {"accepted"} or not isinstance(tables, list):
@@ -174,8 +174,15 @@ def _problems(table: dict[str, Any]) -> Iterator[str]:
             yield f"has {name!r}, which means nothing; there are {', '.join((*_REQUIRED, *_OPTIONAL))}"
         elif name == "expires":
             if not isinstance(value, date) or isinstance(value, datetime):
-                yield f"has expires = {value!r}; write a date, such as expires = 2030-01-31"
+                yield f"has expires = {_shown(value)}; write a date, such as expires = 2030-01-31"
         elif not isinstance(value, str) or not value.strip():
-            yield f"has {name} = {value!r}; write some text"
+            yield f"has {name} = {_shown(value)}; write some text"
         elif (allowed := _OPTIONAL.get(name)) and value not in allowed:
             yield f"has {name} = {value!r}; there are {', '.join(allowed)}"
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python does not write out an integer of thousands of digits
+        return "a number of thousands of digits"

@@ -15,6 +15,7 @@ from nsa_verify.core.registry import ImplementationError
 from nsa_verify.engine import cluster
 from nsa_verify.engine.campaign import BATCH, CHANGE, campaign
 from nsa_verify.engine.corpus import CorpusError, check_writable
+from nsa_verify.engine.crew import Deferred
 from nsa_verify.engine.events import CampaignFinished, Disagreement, Event
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.process import EngineError
@@ -115,31 +116,37 @@ def fuzz(
     slice_s, accepted = opt.seconds("--slice", slice_time), _baseline(baseline)
     reporter = opened = open_reports(reports, plan, command_line())
     code, problem = ExitCode.UNABLE, ""
-    try:
-        check_writable(Path(corpus))
-        plan = placed(plan, engine, ray_address, workers)
-        reporter = opened.beside(GuardedReporter(FuzzReporter(console(no_color), plan)))
-        ask = Ask(
-            kind=kind,
-            plan=opened.needs(plan),
-            root=Path(corpus),
-            budget_s=budget,
-            version=__version__,
-            command=command_line(),
-            environment=environment(),
-            baseline=accepted,
-            slice_s=slice_s,
-            database=database,
-        )
-        code, problem = _listen(ask, reporter)
-    except (CorpusError, EngineError, ImplementationError, Unable) as error:
-        problem = str(error)
-    finally:
-        reporter.close(code, problem)
-        cluster.disconnect()
+    with Deferred():  # a signal that comes when the campaign is over ends no report
+        try:
+            check_writable(Path(corpus))
+            plan = placed(plan, engine, ray_address, workers)
+            reporter = opened.beside(GuardedReporter(FuzzReporter(console(no_color), plan)))
+            ask = Ask(
+                kind=kind,
+                plan=opened.needs(plan),
+                root=Path(corpus),
+                budget_s=budget,
+                version=__version__,
+                command=command_line(),
+                environment=environment(),
+                baseline=accepted,
+                slice_s=slice_s,
+                database=database,
+            )
+            code, problem = _listen(ask, reporter)
+        except (CorpusError, EngineError, ImplementationError, Unable) as error:
+            problem = str(error)
+        finally:
+            reporter.close(code, problem)
+            cluster.disconnect()
+    raise SystemExit(_told(code, problem))
+
+
+def _told(code: ExitCode, problem: str) -> ExitCode:
+    """``code``, once what goes with it is on standard error."""
     if problem:
         click.echo(problem if code is ExitCode.INTERRUPTED else f"Error: {problem}", err=True)
-    raise SystemExit(code)
+    return code
 
 
 def _prune(context: click.Context) -> int:

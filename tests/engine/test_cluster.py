@@ -205,7 +205,7 @@ def test_a_cluster_does_what_this_machine_does(
     _other_environments(there)
     cluster.disconnect()
     _driver_that_is_killed(nodes, tmp_path)
-    _campaign_that_loses_a_node_and_then_the_head(nodes, plan, tmp_path)
+    _campaigns_that_lose_a_node_and_the_head(nodes, plan, tmp_path)
 
 
 def _same_as_here(nodes: Nodes, plan: Plan, there: Plan) -> None:
@@ -338,10 +338,6 @@ class Campaign:
         events = map(msgspec.json.decode, written.rpartition("\n")[0].splitlines())
         return [it for it in events if it["type"] == kind]
 
-    def replaced(self) -> int:
-        """How many searchers it has lost so far, in the searches that are over."""
-        return max((it["replaced"] for it in self.told("SliceFinished")), default=0)
-
     def ended(self) -> tuple[int, str]:
         """Exit code and standard error."""
         problem = self.process.communicate(timeout=SOON_S)[1]
@@ -353,30 +349,32 @@ def found_in(root: Path) -> list[Path]:
     return sorted(it.relative_to(root) for it in (root / "crashing").rglob("*.json"))
 
 
-def _campaign_that_loses_a_node_and_then_the_head(nodes: Nodes, plan: Plan, tmp_path: Path) -> None:
+def _campaigns_that_lose_a_node_and_the_head(nodes: Nodes, plan: Plan, tmp_path: Path) -> None:
     diary, other = tmp_path / "called", tmp_path / "other.py"
     diary.touch()
     other.write_text(OTHER.format(diary=str(diary)), encoding="utf-8")
     options = ["--impl", plan.references[0], "--impl", str(other), "--only", "wrong", "--only", "other"]
     options += ["--device", "cpu", "--executor", "eager", "--seed", "7"]
-    long = ["--max-time", "1h", "--slice", "2s", "--engine", "ray", "--ray-address", nodes.address]
-    with Campaign(*options, *long, root=tmp_path / "there") as there:
-        raylet = nodes.second.all_processes["raylet"][0].process.pid
+    there = ["--engine", "ray", "--ray-address", nodes.address]
+    raylet = nodes.second.all_processes["raylet"][0].process.pid
+    with Campaign(*options, *there, "--max-time", "4s", root=tmp_path / "there") as campaign:
         wait_until(lambda: bool({*map(int, diary.read_text().split())} & {*descendants(raylet)}))
-        wait_until(lambda: bool(there.told("RoundFinished")))
+        wait_until(lambda: bool(campaign.told("RoundFinished")))
         nodes.kill()
-        rounds = len(there.told("RoundFinished"))
-        wait_until(lambda: there.replaced() > 0 and len(there.told("RoundFinished")) > rounds)
-        wait_until(lambda: len(there.told("Disagreement")) >= 2)
-        assert there.replaced() == 1
+        assert not campaign.told("SliceFinished")
+        assert campaign.ended() == (1, "")
+    document = msgspec.json.decode(campaign.document.read_bytes())
+    assert (document["stop"], document["slices"][-1]["replaced"]) == ("the time was up", 1)
+    with Campaign(*options, *there, "--max-time", "1h", root=tmp_path / "lost") as campaign:
+        wait_until(lambda: bool(campaign.told("DisagreementSeen")))
         nodes.cluster.head_node.all_processes["gcs_server"][0].process.kill()
-        code, problem = there.ended()
+        short = ["--max-time", "2s", "-w", "1", "--corpus", str(tmp_path / "here")]
+        here = CliRunner().invoke(cli, ["fuzz", *options, *short])
+        code, problem = campaign.ended()
     assert (code, problem.count("\n")) == (2, 1), problem
     assert "is gone; what was found is kept" in problem
-    document = msgspec.json.decode(there.document.read_bytes())
-    assert (document["exit_code"], document["slices"][-1]["replaced"]) == (2, 1)
-    short = ["--max-time", "2s", "-w", "1", "--corpus", str(tmp_path / "here")]
-    here = CliRunner().invoke(cli, ["fuzz", *options, *short])
+    assert msgspec.json.decode(campaign.document.read_bytes())["exit_code"] == 2
+    assert found_in(tmp_path / "lost")
     assert (here.exit_code, here.stderr) == (1, "")
     assert found_in(tmp_path / "there") == found_in(tmp_path / "here")
     assert len(found_in(tmp_path / "there")) == 2

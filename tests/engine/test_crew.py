@@ -107,17 +107,19 @@ def test_ctrl_c_before_the_workers_are_up_is_not_kept(usual_ctrl_c: None) -> Non
         signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+QUICK = Plan(only=("python-loop",), isolate=False, device="cpu")
+
+
+@BOTH
 def test_what_comes_between_two_crews_ends_the_next_one_before_it_begins(
     usual_ctrl_c: None, number: signal.Signals
 ) -> None:
     before = signal.getsignal(number)
     with Deferred() as deferred:
         with Crew(1) as crew:
-            crew.hello(Plan(only=("python-loop",), isolate=False, device="cpu"))
-            signal.raise_signal(number)
-            assert crew.interrupted
-        asked = [deferred.asked]  # it was the crew's
+            crew.hello(QUICK)
+        asked = [deferred.asked]
         next_one = Crew(1)
         signal.raise_signal(number)
         assert [*asked, deferred.asked] == [False, True]
@@ -126,6 +128,55 @@ def test_what_comes_between_two_crews_ends_the_next_one_before_it_begins(
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+@BOTH
+def test_what_comes_while_a_crew_ends_is_for_the_next_one(
+    usual_ctrl_c: None, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When nobody looks any more at whether it was interrupted."""
+    with Deferred() as deferred:
+        with monkeypatch.context() as patch, Crew(1) as crew:
+            crew.hello(QUICK)
+            patch.setattr(crew, "_end", lambda: signal.raise_signal(number))
+        assert deferred.asked
+        with pytest.raises(KeyboardInterrupt), Crew(1):
+            raise AssertionError("it was entered")
+        signal.raise_signal(number)  # the first that no crew has heard
+    assert not searcher.stopping()
+
+
+@BOTH
+def test_what_comes_while_a_crew_begins_ends_it(
+    usual_ctrl_c: None, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Just before its handlers are there; those that were there come back."""
+    real = signal.signal
+
+    def late(which: int, handler: object) -> object:
+        monkeypatch.undo()
+        signal.raise_signal(number)
+        return real(which, handler)  # type: ignore[arg-type]
+
+    with Deferred() as deferred:
+        monkeypatch.setattr(signal, "signal", late)
+        with pytest.raises(KeyboardInterrupt), Crew(1):
+            raise AssertionError("it was entered")
+        assert deferred.asked
+        assert [signal.getsignal(it) for it in (signal.SIGINT, signal.SIGTERM)] == [deferred] * 2
+
+
+def test_one_that_defers_inside_another_begins_with_what_that_has_noted(usual_ctrl_c: None) -> None:
+    with Deferred() as outer:
+        with Deferred() as inner:
+            signal.raise_signal(signal.SIGINT)
+        assert (outer.asked, inner.asked) == (False, True)
+        signal.raise_signal(signal.SIGTERM)
+        with Deferred() as inner:
+            assert inner.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_who_handles_ctrl_c_himself_keeps_his_handler(usual_ctrl_c: None) -> None:
@@ -139,7 +190,7 @@ def test_who_handles_ctrl_c_himself_keeps_his_handler(usual_ctrl_c: None) -> Non
 
 ENGINE = """
 import time
-from nsa_verify.engine.crew import TRIES, Crew, Deferred
+from nsa_verify.engine.crew import Crew
 
 if __name__ == "__main__":
     with Crew(2) as crew:

@@ -81,14 +81,15 @@ def _run(plan: Plan) -> list[Event]:
 
 
 def test_each_is_one_finding_shrunk_to_its_trigger() -> None:
-    """One run with all of them, and a correct implementation; but for what hangs, which is given less time.
+    """One run with them, and a correct implementation; but for what hangs, which is given less time.
 
-    What only makes cases larger is left out: most probes of a shrink cost a worker.
+    What only makes cases larger is left out, since most probes of a shrink cost a worker; but not for what exits.
     """
     plain = tuple(Feature)
-    hanging = _run(_only("hangs", deadline_s=SHORT_S, without=plain))
-    events = _run(_only(*(name for name in CODES if name != "hangs"), "vectorized", workers=2, without=plain))
-    found = [it for it in hanging + events if isinstance(it, Disagreement)]
+    apart = _run(_only("hangs", deadline_s=SHORT_S, without=plain)) + _run(_only("exits", max_examples=10, seed=6))
+    others = (name for name in CODES if name not in ("hangs", "exits"))
+    events = _run(_only(*others, "vectorized", workers=2, without=plain))
+    found = [it for it in apart + events if isinstance(it, Disagreement)]
     assert sorted(it.signature.implementation for it in found) == sorted(CODES)
     for it in found:
         name = it.signature.implementation
@@ -102,7 +103,7 @@ def test_each_is_one_finding_shrunk_to_its_trigger() -> None:
     assert isinstance(finished, RunFinished)
     cell = finished.matrix.cells["vectorized", "eager", Mode.DECODE]
     assert (cell.cases, cell.disagree, cell.unknown) == (PLAN.max_examples, 0, 0)
-    assert finished.replaced >= len(CODES) - 2
+    assert finished.replaced >= len(CODES) - 3
 
 
 @pytest.fixture(name="keeper")
@@ -188,19 +189,28 @@ def test_a_sequence_is_made_shorter(tmp_path: Path) -> None:
     assert (result.reliability.disagreed, result.reliability.runs) == (5, 5)
 
 
+def _flooded(plan: Plan) -> RunFinished:
+    """With as short a deadline as spares the others, which a busy machine may keep from their work for a second."""
+    for deadline_s in (max(1.0, SHORT_S), 5.0, PLAN.deadline_s):
+        *_, finished = search(msgspec.structs.replace(plan, deadline_s=deadline_s), lambda found: found, "test", {})
+        assert isinstance(finished, RunFinished)
+        if not finished.matrix.cells["vectorized", "eager", Mode.DECODE].disagree:
+            break
+    assert isinstance(finished, RunFinished)
+    return finished
+
+
 @pytest.mark.parametrize(("name", "rounds"), [("always-exits", 3), ("always-hangs", 1)])
 def test_a_flood_of_deaths_is_not_explored(name: str, rounds: int) -> None:
     digests, first = set(), 0
     for workers in (1, 2):
-        deadline = max(1.0, SHORT_S) if name == "always-hangs" else PLAN.deadline_s
-        plan = _only(name, "vectorized", max_examples=100, workers=workers, shrink=False, deadline_s=deadline)
-        finished = list(search(plan, lambda found: found, "test", {}))[-1]
-        assert isinstance(finished, RunFinished)
+        finished = _flooded(_only(name, "vectorized", max_examples=100, workers=workers, shrink=False))
         cell = finished.matrix.cells[name, "eager", Mode.DECODE]
         first = first or cell.disagree
         assert rounds <= cell.disagree <= rounds + workers - 1
         assert cell.reasons[searcher.LEFT_OUT] >= 100 - 10 * (rounds + workers - 1)
-        assert finished.matrix.cells["vectorized", "eager", Mode.DECODE].cases == 100
+        right = finished.matrix.cells["vectorized", "eager", Mode.DECODE]
+        assert (right.cases, right.disagree) == (100, 0)
         digests.add(finished.digest)
     assert first == rounds
     assert len(digests) == 1

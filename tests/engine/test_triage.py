@@ -149,9 +149,11 @@ def test_a_baseline_accepts_until_it_expires(tmp_path: Path) -> None:
     [
         ("accepted = " + 20_000 * "[", "not valid TOML"),
         ("[[accepted", "not valid TOML"),
+        ("accepted = " + 5_000 * "9", "not valid TOML"),
         ("[other]\na = 1", "holds other"),
         ('[[accepted]]\nimplementation = "a"\nreason = "b"', "lacks expires"),
         ('[[accepted]]\nimplementation = "a"\nreason = "b"\nexpires = "2030-01-01"', "write a date"),
+        (f'[[accepted]]\nimplementation = 0x{5_000 * "f"}\nreason = "b"\nexpires = 2030-01-01', "thousands of digits"),
         ('[[accepted]]\nimplementation = "a"\nreason = ""\nexpires = 2030-01-01', "write some text"),
         ('[[accepted]]\nimplementation = "a"\nreason = "b"\nexpires = 2030-01-01\ncode = "NV1"', "there are NV101"),
         ('[[accepted]]\nimplementation = "a"\nreason = "b"\nexpires = 2030-01-01\nwho = "c"', "means nothing"),
@@ -164,6 +166,7 @@ def test_a_bad_baseline_is_one_sentence(text: str, words: str, tmp_path: Path) -
         Baseline.read(path)
     assert words in str(raised.value)
     assert str(raised.value).startswith(str(path))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_baseline_that_is_not_there(tmp_path: Path) -> None:

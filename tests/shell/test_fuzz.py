@@ -22,8 +22,10 @@ from shell.test_processes import PROGRAM
 
 from nsa_verify.core.case import Mode
 from nsa_verify.engine.corpus import Kind, load, save, scan
+from nsa_verify.engine.crew import Crew
 from nsa_verify.engine.record import FILE, FOLDER
 from nsa_verify.shell import fuzz_command
+from nsa_verify.shell.reports.opening import WrittenAtTheEnd
 
 TWO_BUGS = """
 from nsa_verify import Mode, implementation
@@ -121,6 +123,7 @@ def test_two_bugs_are_two_groups_and_the_next_campaigns_go_on() -> None:
     assert broken.exit_code == 1
     assert broken.stdout.count("FAILED corpus/regression/") == 1
     assert "disagrees again" in broken.stdout
+    assert "nothing was tested" not in broken.output
 
 
 def test_what_was_promoted_and_comes_back_is_new() -> None:
@@ -346,6 +349,32 @@ def test_a_signal_ends_it_with_what_it_has(number: signal.Signals) -> None:
     assert process.returncode == 130, told
     assert "interrupted" in told
     assert re.search(r"\d findings? open", told), told
+
+
+def test_a_signal_while_a_search_ends_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = Crew._end
+
+    def interrupted(crew: Crew) -> None:
+        signal.raise_signal(signal.SIGINT)
+        end(crew)
+
+    monkeypatch.setattr(Crew, "_end", interrupted)
+    told = invoke("fuzz", "--only", "vectorized", *HERE, "--max-time", "30s", "--slice", "1s")
+    assert told.exit_code == 130, told.output
+    assert record()["slices"] == 1
+
+
+def test_a_signal_while_reports_are_written_ends_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    close = WrittenAtTheEnd.close
+
+    def interrupted(report: WrittenAtTheEnd, code: int, problem: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+        close(report, code, problem)
+
+    monkeypatch.setattr(WrittenAtTheEnd, "close", interrupted)
+    told = invoke("fuzz", "--only", "vectorized", *HERE, "--max-time", "1s", "--report", "json")
+    assert json.loads(Path("nsa-verify-report.json").read_bytes())["exit_code"] == told.exit_code != 130, told.output
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_killed_and_started_again_nothing_is_lost() -> None:

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,8 @@ from nsa_verify.engine.inflight import FOLDER
 
 KILLS = int(os.environ.get("NSA_VERIFY_TEST_KILLS", "6"))
 """How many random moments are tried; a person who changes this part tries 50."""
-MOMENTS = ((0, 2.0), (3, 0.5), (6, 1.5))
-"""Behind how many lines of what a run says, and at most how many seconds later: it starts, it draws, it shrinks."""
+MOMENTS = (("", 2.0), ("seen ", 0.5), ("shrinking ", 1.5))
+"""Behind a line that begins so, and at most how many seconds later: it starts, it has drawn something, it shrinks."""
 
 MINE = """
 import os
@@ -58,6 +58,18 @@ EAGER = ("--executor", "eager")
 SLOWLY = ("run", "--impl", "slow.py", "--only", "slow", "--mode", "decode", *EAGER, "-w", "1")
 
 
+def _wait_until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def wait_for(folder: Path, pattern: str) -> None:
+    """Until there is a file like that."""
+    _wait_until(lambda: bool(list(folder.glob(pattern))), f"there is no {pattern}")
+
+
 def _family(group: int) -> list[int]:
     """The processes of a session of its own, its leader first. Workers are in groups of their own."""
     found = []
@@ -71,41 +83,42 @@ def _family(group: int) -> list[int]:
     return sorted(found, key=lambda pid: (pid != group, pid))
 
 
-def _killed(lines: int, later_s: float, everybody: bool, choose: random.Random) -> str:
-    """What a run said that was killed, or lost a process, ``later_s`` after so many lines."""
-    process = subprocess.Popen(
-        [PROGRAM, *RUN, *EAGER, "-w", "2", "-n", "30", "--seed", "5"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
-    assert process.stdout is not None
-    said = "".join(islice(process.stdout, lines))
-    time.sleep(later_s)
-    family = _family(process.pid)
-    victim = process.pid if everybody else choose.choice(family or [process.pid])
-    with suppress(ProcessLookupError):
-        os.kill(victim, signal.SIGKILL)
+def _killed(folder: Path, line: str, later_s: float, everybody: bool, choose: random.Random) -> str:
+    """What a run said that was killed, or lost a process, ``later_s`` after it had said such a line."""
+    said = folder / "said"
+    with open(said, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [PROGRAM, *RUN, *EAGER, "-w", "2", "-n", "30", "--seed", "5"],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
     try:
-        said += process.communicate(timeout=120)[0]
+        _wait_until(lambda: f"\n{line}" in f"\n{said.read_text(encoding='utf-8')}", f"it has not said {line!r}")
+        time.sleep(later_s)
+        family = _family(process.pid)
+        victim = process.pid if everybody else choose.choice(family or [process.pid])
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+        process.wait(timeout=120)
     finally:
         deadline = time.monotonic() + 10
         while (left := _family(process.pid)) and time.monotonic() < deadline:
             time.sleep(0.05)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
+        process.wait()
     assert not left, "processes outlived their engine"
-    return said
+    return said.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("number", range(KILLS))
 def test_nothing_that_was_reported_is_lost(folder: Path, number: int) -> None:
     (folder / "mine.py").write_text(MINE)
     choose = random.Random(number)
-    lines, latest_s = MOMENTS[number // 2 % len(MOMENTS)]
-    said = _killed(lines, choose.uniform(0, latest_s), number % 2 == 0, choose)
+    line, latest_s = MOMENTS[number // 2 % len(MOMENTS)]
+    said = _killed(folder, line, choose.uniform(0, latest_s), number % 2 == 0, choose)
     for path in scan(folder / "corpus") if (folder / "corpus").exists() else ():
         load(path)
     # It finds nothing by itself: what is in the corpus behind it was saved by the run that was killed, or recovered.
@@ -120,6 +133,7 @@ def test_nothing_that_was_reported_is_lost(folder: Path, number: int) -> None:
     }
     reported = set(re.findall(r"^seen (\S+) \[eager\] (NV\d+)", said, flags=re.MULTILINE))
     assert reported <= kept, said
+    assert reported or not line, said
     done = invoke(*RUN, *EAGER, "-w", 1, "-n", 10, "--seed", 6, "--no-shrink")
     assert done.exit_code == 1, done.output
     assert not (folder / "corpus" / FOLDER).exists()
@@ -140,14 +154,6 @@ def test_a_finding_that_was_reported_survives_the_run(folder: Path) -> None:
     assert "an earlier run reported it and was killed" in done.stdout
     kept = [load(path).finding for path in scan(folder / "corpus")]
     assert {it.implementation for it in kept if it is not None} == {"wrong", "exits"}
-
-
-def wait_for(folder: Path, pattern: str) -> None:
-    """Until there is a file like that."""
-    deadline = time.monotonic() + 60
-    while not list(folder.glob(pattern)):
-        assert time.monotonic() < deadline, f"there is no {pattern}"
-        time.sleep(0.05)
 
 
 def test_a_signal_to_the_whole_group_accuses_nobody(folder: Path) -> None:
@@ -241,4 +247,17 @@ def test_two_runs_over_one_corpus(folder: Path) -> None:
     entries = [load(path) for path in scan(folder / "corpus")]
     found = [(it.finding.implementation, it.finding.code) for it in entries if it.finding is not None]
     assert sorted(found) == [("exits", "NV401"), ("wrong", "NV101")]
+    assert not (folder / "corpus" / FOLDER).exists()
+
+
+def test_two_runs_at_once_over_one_corpus(folder: Path) -> None:
+    (folder / "mine.py").write_text(MINE)
+    only = ("run", "--impl", "mine.py", "--only", "wrong", "--mode", "decode", *EAGER)
+    command = [PROGRAM, *only, "-w", "1", "-n", "6", "--seed", "5"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [1, 1], said
+    assert "recovered" not in "".join(said)
+    (path,) = scan(folder / "corpus")
+    assert load(path).provenance.attempts == 5
     assert not (folder / "corpus" / FOLDER).exists()

@@ -141,12 +141,16 @@ def test_ctrl_c_while_cases_are_drawn(folder: Path, start: type[Running], worker
 
 
 def test_ctrl_c_while_a_case_is_shrunk(folder: Path, start: type[Running]) -> None:
-    mine = written(folder)
+    mine, calls = written(folder), folder / "calls"
     slow = mine.read_text().replace("import torch", "import time, torch")
-    mine.write_text(slow.replace("    for step", "    time.sleep(0.01)\n    for step"))
+    told = "    time.sleep(0.01)\n    open('calls', 'a').write('.')\n"
+    mine.write_text(slow.replace("    for step", f"{told}    for step"))
     running = start(*SHORT, "--mode", "decode", "-n", "11", "-w", "2")
     running.until("shrinking short-top-k [eager] NV101")
-    time.sleep(0.5)
+    before, deadline = calls.stat().st_size, time.monotonic() + 60
+    while calls.stat().st_size < before + 10:
+        assert time.monotonic() < deadline, "nothing is probed"
+        time.sleep(0.01)
     ended = running.interrupt()
     _check_interrupted(running, ended)
     assert "; the shrink was interrupted\n" in ended[1]

@@ -34,6 +34,15 @@ def any_request(predicate: Callable[[Setup, Request], bool]) -> Callable[[Case],
     return lambda case: any(predicate(case.setup, it) for replay in case.replays for it in replay.requests)
 
 
+def shrinks_in_one_bucket(case: Case) -> bool:
+    return any(
+        first.mode is second.mode
+        and len(first.requests) > len(second.requests) > 0
+        and case.bucket(index) == case.bucket(index + 1)
+        for index, (first, second) in enumerate(pairwise(case.replays))
+    )
+
+
 def on_rows(*requests: tuple[int, int]) -> Replay:
     """A replay of requests of these lengths on these pool rows."""
     return Replay(Mode.DECODE, tuple(Request(seq_len, row) for seq_len, row in requests))
@@ -90,6 +99,7 @@ EXPECTED = {
         lambda case: len({replay.mode for replay in case.replays}) > 1,
         Case(setup(), (replay(1), replay(1, mode=Mode.TARGET_VERIFY))),
     ),
+    "a smaller batch in the same bucket": (shrinks_in_one_bucket, Case(setup(buckets=(2,)), (replay(1, 1), replay(1)))),
     "eight replays": (lambda case: len(case.replays) == 8, Case(setup(), (replay(1),) * 8)),
     "idle between": (
         lined_up(3, lambda a, b, c: len(a) > len(b) == 0 < len(c)),
@@ -168,7 +178,7 @@ EXPECTED = {
 }
 
 
-SEEDED = {"a bucket and back": 1, "the_first_left": 1, "one_joined": 2}
+SEEDED = {"a bucket and back": 1, "a smaller batch in the same bucket": 6, "the_first_left": 1, "one_joined": 2}
 """Not 0 where what another seed draws shrinks in half the time."""
 
 
