@@ -36,11 +36,10 @@ from nsa_verify.core.case import CtxLens, Mode, Setup
 from nsa_verify.core.implementation import OPTIONAL_OUTPUTS, Extent, MetadataBuffers, ReplayInputs, implementation
 from nsa_verify.kernels.backend_arguments import check_expansion, on_device
 
+_LENGTHS = 32
+"""Requests per program of the expansion alone."""
 _EARLIER = 256
 """Requests before those that are summed at a time."""
-# Of the expansion alone, per program and as above. They are no arguments: each one less makes a launch quicker.
-_REQUESTS: tl.constexpr = tl.constexpr(32)
-_SUMMED: tl.constexpr = tl.constexpr(_EARLIER)
 # tl.sum and its like are functions of Triton code, and the interpreter patches the whole language at every such call
 # (0.8 ms); their combine functions given to tl.reduce are not called at all there.
 _SUM = tl.standard._sum_combine
@@ -751,7 +750,7 @@ def fill_draft_extend_metadata_onepass(
     batch_size = extend_seq_lens.shape[0]
     with on_device(seq_lens.device):
         if batch_size:
-            _expand[(triton.cdiv(batch_size, _REQUESTS.value),)](
+            _expand[(triton.cdiv(batch_size, _LENGTHS),)](
                 seq_lens,
                 seq_lens.stride(0),
                 extend_seq_lens,
@@ -761,6 +760,9 @@ def fill_draft_extend_metadata_onepass(
                 batch_size,
                 min(out_seqlens_expanded.numel(), out_nsa_cache_seqlens.numel()),
                 nsa_index_topk,
+                LENGTHS=_LENGTHS,
+                EARLIER=_EARLIER,
+                num_warps=4,
             )
 
 
@@ -778,15 +780,17 @@ def _expand(
     batch_size: tl.tensor,
     capacity: tl.tensor,  # rows that the outputs have
     index_topk: tl.tensor,
+    LENGTHS: tl.constexpr,
+    EARLIER: tl.constexpr,
 ) -> None:
-    first = tl.program_id(0).to(tl.int64) * _REQUESTS
-    request = first + tl.arange(0, _REQUESTS)
+    first = tl.program_id(0).to(tl.int64) * LENGTHS
+    request = first + tl.arange(0, LENGTHS)
     held = request < batch_size
     accept = tl.load(accept_lens + request * accept_stride, mask=held, other=0).to(tl.int64)
     seq_len = tl.load(seq_lens + request * seq_stride, mask=held, other=0).to(tl.int64)
-    counted = tl.full((_SUMMED,), 0, tl.int64)
-    for start in range(0, first, _SUMMED):
-        lane = start + tl.arange(0, _SUMMED).to(tl.int64)
+    counted = tl.full((EARLIER,), 0, tl.int64)
+    for start in range(0, first, EARLIER):
+        lane = start + tl.arange(0, EARLIER).to(tl.int64)
         counted += tl.load(accept_lens + lane * accept_stride, mask=lane < first, other=0).to(tl.int64)
     row = tl.reduce(counted, 0, _SUM) + tl.associative_scan(accept, 0, _SUM) - accept
     for token in range(tl.reduce(accept, 0, _MAX)):
