@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from engine.corpora import entry_of, saved
 from msgspec.structs import replace
-from shell.commands import registry_of_its_own
+from shell.commands import graph_executor, registry_of_its_own
 
+from nsa_verify.core import implementation as declaring
 from nsa_verify.core.case import Mode
+from nsa_verify.core.implementation import registered
 from nsa_verify.engine.campaign import BATCH, CHANGE, NOT_RUN, campaign
 from nsa_verify.engine.corpus import Kind, load, scan
 from nsa_verify.engine.events import CampaignFinished, CaseReplayed, Event, SliceStarted
@@ -30,6 +32,7 @@ def refresh(inputs, steps, setup):
     if {condition}:
         steps[0].page_table_1[:1, :1].add_(1)
 """
+BUILT_IN = "nsa_verify.kernels."
 DECODE_ALONE = "inputs.mode is Mode.DECODE and inputs.batch_size > 1"
 VERIFY_ALONE = "inputs.mode is Mode.TARGET_VERIFY and setup.num_draft_tokens > 1"
 ROWS = "(inputs.mode is not Mode.DRAFT_EXTEND or int(inputs.accept_lens[: inputs.batch_size].sum()) > 0)"
@@ -40,12 +43,15 @@ ALL_MODES = f"setup.page_size > 1 and {ROWS}"
 def asked(folder: Path, condition: str, name: str = "wrong", capturable: bool = True, **more: Any) -> Ask:
     path = folder / f"{name}.py"
     path.write_text(WRONG.format(name=name, condition=condition, capturable=capturable), encoding="utf-8")
-    plan = Plan(references=(str(path),), only=(name,), executors=("eager",), seed=3, device="cpu", isolate=False)
+    plan = Plan(references=(str(path),), only=(name,), executors=("eager",), seed=3, isolate=False)
     return replace(Ask(kind=BATCH, plan=plan, root=folder / "corpus", budget_s=2, version="1", command=""), **more)
 
 
 def run(ask: Ask) -> tuple[CampaignFinished, list[Event]]:
     with registry_of_its_own():
+        # They run in this process: what other tests have registered may end it.
+        for name in [it for it, found in registered().items() if not found.refresh.__module__.startswith(BUILT_IN)]:
+            del declaring._registered[name]
         told = list(campaign(ask))
     assert isinstance(told[-1], CampaignFinished)
     return told[-1], told
@@ -151,7 +157,7 @@ def test_a_saved_case_that_fails_for_another_is_red(tmp_path: Path) -> None:
 
 def test_what_nobody_judged_is_not_green(tmp_path: Path) -> None:
     ask = asked(tmp_path, "True", capturable=False, budget_s=1)
-    ended, _ = run(replace(ask, plan=replace(ask.plan, executors=("simulated-graph",))))
+    ended, _ = run(replace(ask, plan=replace(ask.plan, executors=(graph_executor(),))))
     assert (ended.exit_code, ended.problems) == (
         2,
         ("nothing was tested; declared not capturable, so give --executor eager",),

@@ -148,7 +148,7 @@ def test_a_corpus_that_becomes_unwritable_loses_nothing(
     def refuse(root: Path, *_: object) -> Path:
         raise CorpusError(f"{root}: cannot save cases here: no space left on device; make room")
 
-    monkeypatch.setattr(keeping, "save", refuse)
+    monkeypatch.setattr(keeping, "put_beside", refuse)
     written(folder)
     done = invoke(*MINE, *(["--json"] if as_json else []))
     assert refused(done) == "corpus: cannot save cases here: no space left on device; make room"
