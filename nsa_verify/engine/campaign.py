@@ -119,8 +119,7 @@ def _replay(
             elif told.status is Status.ERROR and not told.not_loaded:
                 totals.problems.append(told.problem)
             elif bug is not None and told.path.is_relative_to(ask.root / Kind.CRASHING) and _is_mended(told):
-                totals.fixed.add(told.path)
-                record.unlearn(bug)
+                _note_mended(record, totals, told.path, bug)
     except KeyboardInterrupt:
         return StopReason.INTERRUPTED
     if exchange:
@@ -136,17 +135,18 @@ def _see_again(ask: Ask, record: Record, totals: Totals, told: Replayed, event: 
         totals.failing.append(event)
         return
     known = groups(ask.root)[0]
-    own = Bug.of(told.entry.finding) if told.entry.finding is not None else None
+    accused = told.entry.finding
+    own = Bug.of(accused) if accused is not None else None
     for verdict in told.verdicts:
         shown: dict[Bug, Finding] = {}
         for finding in verdict.findings:
             shown.setdefault(Bug.of(SavedFinding.of(finding)), finding)
         symptoms = [it.symptom for it in shown]
-        mine = [it for it in known if it.implementation == verdict.implementation]
-        if own is not None and own in mine and own.symptom in symptoms and _is_shrunk(told.entry):
+        is_own = own is not None and own.implementation == verdict.implementation
+        if own is not None and is_own and own.symptom in symptoms and _is_shrunk(told.entry):
             record.learn(own, now, symptoms)
         # What is accepted stands for what is shown beside it, and nothing else.
-        candidates = [it for it in mine if ask.baseline.accepts(it) is None or it.symptom in symptoms]
+        candidates = [it for it in known if ask.baseline.accepts(it) is None or it.symptom in symptoms]
         standing = {bug: record.stands_for(bug, candidates) for bug in shown}
         for bug, group in standing.items():
             if group is not None:
@@ -158,36 +158,31 @@ def _see_again(ask: Ask, record: Record, totals: Totals, told: Replayed, event: 
                 totals.unclaimed.setdefault(bug, told.path)
         if own in standing.values():
             totals.failed.add(told.path)
-        elif own is not None and shown and (verdict.implementation, verdict.executor) == _accused(told.entry):
+        elif own is not None and accused is not None and is_own and shown and verdict.executor == accused.executor:
             totals.instead[own] = str(next(iter(shown)))
             record.disown(own, symptoms)
-            first = min(it.replay for it in shown.values())
-            if all(it is not None and ask.baseline.accepts(it) for it in standing.values()):
-                _note_mended(record, totals, told, first)
+            is_reached = min(it.replay for it in shown.values()) >= accused.replay
+            others = standing.values()
+            if is_reached and _failed_always(told.entry) and all(it and ask.baseline.accepts(it) for it in others):
+                _note_mended(record, totals, told.path, own)
 
 
-def _note_mended(record: Record, totals: Totals, told: Replayed, reached: int) -> None:
-    """The case shows no more what it always showed before, and so does nothing else that is open, up to this replay."""
-    assert told.entry is not None
-    assert told.entry.finding is not None
-    origin = told.entry.provenance
-    if origin.failed == origin.attempts and reached >= told.entry.finding.replay:
-        totals.fixed.add(told.path)
-        record.unlearn(Bug.of(told.entry.finding))
+def _note_mended(record: Record, totals: Totals, path: Path, bug: Bug) -> None:
+    totals.fixed.add(path)
+    record.unlearn(bug)
 
 
-def _accused(entry: Entry) -> tuple[str, str]:
-    assert entry.finding is not None
-    return entry.finding.implementation, entry.finding.executor
+def _failed_always(entry: Entry) -> bool:
+    return entry.provenance.failed == entry.provenance.attempts
 
 
 def _is_mended(told: Replayed) -> bool:
     """Whether the accused itself agreed, under its executor, with what it always disagreed on before."""
     if told.entry is None or told.entry.finding is None:
         return False
-    origin = told.entry.provenance
+    accused = told.entry.finding
     pairs = {(it.implementation, it.executor) for it in told.verdicts if it.outcome is Outcome.AGREE}
-    return _accused(told.entry) in pairs and origin.failed == origin.attempts
+    return (accused.implementation, accused.executor) in pairs and _failed_always(told.entry)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -377,7 +377,7 @@ class CampaignFinished(Struct, frozen=True):
     failing: tuple[CaseReplayed, ...] = ()
     """Regression cases that disagree again."""
     stray: tuple[str, ...] = ()
-    """Disagreements that no group stands for, in words."""
+    """Disagreements that no group stands for, or only one that is accepted in other modes, in words."""
     unknown: int = 0
     """Verdicts that are unknown: the check itself failed."""
     expired: tuple[str, ...] = ()

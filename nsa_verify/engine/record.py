@@ -87,10 +87,12 @@ class Record(Struct, forbid_unknown_fields=True):
         return None
 
     def stands_for(self, bug: Bug, others: Collection[Bug]) -> Bug | None:
-        """Which of ``others``, itself first, is known by what ``bug`` is, or has a minimal case that shows it."""
+        """Which of ``others`` it is: itself, one of the same symptom, or one whose minimal case shows that."""
+        if bug in others:
+            return bug
         mine = [it for it in others if it.implementation == bug.implementation]
-        named = [it for it in mine if it == bug or it.symptom == bug.symptom]
-        return next((it for it in (*named, *mine) if it in named or bug.symptom in self.symptoms(it)), None)
+        alike = (it for it in mine if it.symptom == bug.symptom)
+        return next(alike, None) or next((it for it in mine if bug.symptom in self.symptoms(it)), None)
 
     def see(self, bug: Bug, signature: Signature | None, when: str, symptoms: Iterable[str] = ()) -> bool:
         """Count a sighting of ``bug``, whose minimal case shows ``symptoms``; whether it is the first.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_verify import kernels
 from nsa_verify.device import timing
-from nsa_verify.device.answers import POISON, WrongResult
+from nsa_verify.device.answers import INPUT, POISON, Kept, WrongResult
 
 EDGES: Final = ((1, 4), (5000, 0), (3, 3), (2049, 2), (0, 4), (2, 0), (100, 1))
 """Lengths and accept lengths that ``check`` deals out in turn: no row, a padded length, rows below 0 and below K."""
@@ -70,8 +70,10 @@ def expansions(batch_size: int, device: str, tokens: int = 4) -> Expansions:
                 load(pairs)
                 expanded.fill_(POISON)
                 clamped.fill_(POISON)
+                kept = [Kept(name, INPUT, it) for name, it in (("seq_lens", seq_lens), ("accept_lens", accept_lens))]
                 call()
-                _refuse_changed(pairs, seq_lens, accept_lens)
+                for it in kept:
+                    it.refuse_changed()
                 wanted = _expanded(pairs)
                 _compare("expanded", expanded, wanted)
                 _compare("clamped", clamped, [min(it, timing.TOP_K) for it in wanted])
@@ -90,15 +92,6 @@ def expansions(batch_size: int, device: str, tokens: int = 4) -> Expansions:
 def _expanded(pairs: list[tuple[int, int]]) -> list[int]:
     """The contract's section 2, request by request."""
     return [max(0, length - accept + token + 1) for length, accept in pairs for token in range(accept)]
-
-
-def _refuse_changed(pairs: list[tuple[int, int]], seq_lens: Tensor, accept_lens: Tensor) -> None:
-    """Raises ``WrongResult`` unless the inputs are still those of ``pairs``."""
-    found = zip(seq_lens.tolist(), accept_lens.tolist(), strict=True)
-    for request, (wanted, got) in enumerate(zip(pairs, found, strict=True)):
-        for name, was, is_now in zip(("seq_lens", "accept_lens"), wanted, got, strict=True):
-            if is_now != was:
-                raise WrongResult(f"{name}, which is an input, was changed: [{request}] was {was} and is {is_now}")
 
 
 def _compare(name: str, out: Tensor, wanted: list[int]) -> None:

@@ -7,27 +7,20 @@ from pathlib import Path
 
 import pytest
 from engine.corpora import entry_of, saved
+from msgspec.structs import asdict
 
 from nsa_verify.core.case import Mode
-from nsa_verify.core.findings import Code, Finding, Signature
+from nsa_verify.core.findings import Finding, Signature
 from nsa_verify.engine.closing import finished
-from nsa_verify.engine.corpus import SavedFinding
 from nsa_verify.engine.events import CampaignFinished, CaseReplayed, Cell, Reliability, StopReason
 from nsa_verify.engine.plan import Plan
 from nsa_verify.engine.record import Record
 from nsa_verify.engine.totals import Ask, Totals
 from nsa_verify.engine.triage import Accepted, Baseline, Bug
 
-MINE = Finding(
-    implementation="mine",
-    executor="eager",
-    code=Code.WRONG_VALUE,
-    replay=0,
-    mode=Mode.DECODE,
-    buffer="nsa_cache_seqlens",
-    region="live",
-)
-BUG = Bug.of(SavedFinding.of(MINE))
+SAVED = entry_of(implementation="mine").finding
+assert SAVED is not None
+MINE, BUG = Finding(**asdict(SAVED)), Bug.of(SAVED)
 NOTHING = "nothing was tested; give it more time"
 
 

@@ -24,7 +24,7 @@ T = TypeVar("T")
 Shows = Callable[[Case], bool]
 
 
-def draw_many(strategy: st.SearchStrategy[T], examples: int) -> list[T]:
+def drawn_by_engine(strategy: st.SearchStrategy[T], examples: int) -> list[T]:
     """As the engine draws, each from a chance of its own: the same every time."""
     chances = (Random(f"example {number}") for number in range(examples))
     return [_Unrecorded(random=chance, provider=SeededProvider).draw(strategy) for chance in chances]
@@ -98,7 +98,7 @@ SWARMS = {
 
 @cache
 def drawn(name: str) -> list[Case]:
-    return draw_many(cases(swarm=SWARMS[name]), 300)
+    return drawn_by_engine(cases(swarm=SWARMS[name]), 300)
 
 
 def test_every_feature_is_looked_at() -> None:
@@ -134,15 +134,17 @@ def share(values: list[bool]) -> float:
 def test_boundary_lengths_are_at_least_half_of_all() -> None:
     edges = set(boundaries(WIDE, Mode.TARGET_VERIFY))
     off = Swarm.everything().without(Feature.BOUNDARY_LENGTHS)
-    at_edge = [length in edges for length in draw_many(lengths(WIDE, Mode.TARGET_VERIFY), 300)]
-    by_chance = [length in edges for length in draw_many(lengths(WIDE, Mode.TARGET_VERIFY, swarm=off), 300)]
+    at_edge = [length in edges for length in drawn_by_engine(lengths(WIDE, Mode.TARGET_VERIFY), 300)]
+    by_chance = [length in edges for length in drawn_by_engine(lengths(WIDE, Mode.TARGET_VERIFY, swarm=off), 300)]
     assert share(at_edge) >= 0.5
     assert share(by_chance) < share(at_edge) - 0.2
 
 
 def test_uniform_accepts_are_likelier_when_on() -> None:
     def uniform(swarm: Swarm) -> float:
-        batches = [it for it in draw_many(requests(WIDE, Mode.DRAFT_EXTEND, swarm, bucket=4), 300) if len(it) == 4]
+        batches = [
+            it for it in drawn_by_engine(requests(WIDE, Mode.DRAFT_EXTEND, swarm, bucket=4), 300) if len(it) == 4
+        ]
         return share([len({request.accept_len for request in batch}) == 1 for batch in batches])
 
     everything = Swarm.everything()
@@ -216,7 +218,7 @@ def test_what_follows_is_likelier_when_on(name: str) -> None:
     feature, modes, predicate, least = PAIRS[name]
 
     def found(swarm: Swarm) -> float:
-        chains = draw_many(replays(ROOMY, modes, swarm), 500)
+        chains = drawn_by_engine(replays(ROOMY, modes, swarm), 500)
         return share([predicate(*both) for chain in chains for both in pairwise(chain) if both[0].requests])
 
     everything = Swarm.everything()
@@ -227,13 +229,13 @@ def test_what_follows_is_likelier_when_on(name: str) -> None:
 
 def test_without_bucket_switches_a_given_setup_is_used_in_one_bucket() -> None:
     swarm = Swarm.everything().without(Feature.BUCKET_SWITCHES)
-    for chain in draw_many(replays(WIDE, swarm=swarm), 100):
+    for chain in drawn_by_engine(replays(WIDE, swarm=swarm), 100):
         assert len({WIDE.bucket_for(len(it.requests)) for it in chain}) == 1
 
 
 def test_without_padding_a_given_setup_has_full_buckets_only() -> None:
     swarm = Swarm.everything().without(Feature.PADDING)
-    sizes = {len(it.requests) for chain in draw_many(replays(WIDE, swarm=swarm), 100) for it in chain}
+    sizes = {len(it.requests) for chain in drawn_by_engine(replays(WIDE, swarm=swarm), 100) for it in chain}
     assert sizes == {1, 2, 4}
 
 
@@ -246,11 +248,11 @@ def test_round_0_has_everything_and_others_about_three_quarters() -> None:
 
 def test_the_features_of_a_setup_are_those_it_is_drawn_by() -> None:
     for limits in (Limits.small(), Limits.large()):
-        usual = draw_many(setups(limits=limits), 300)
+        usual = drawn_by_engine(setups(limits=limits), 300)
         found = {
             feature
             for feature in Feature
-            if draw_many(setups(Swarm.everything().without(feature), limits), 300) != usual
+            if drawn_by_engine(setups(Swarm.everything().without(feature), limits), 300) != usual
         }
         assert found == SETUP_FEATURES
 
