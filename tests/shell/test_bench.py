@@ -48,12 +48,12 @@ from nsa_verify.core.registry import find
 
 @implementation("idle-when-wide", modes=[Mode.DECODE], extent="full")
 def idle(inputs, steps, setup):
-    if setup.table_width < 2000:
+    if setup.table_width != 3989:
         find("vectorized").refresh(inputs, steps, setup)
 
 @implementation("raises-when-wide", modes=[Mode.DECODE], extent="full")
 def raises(inputs, steps, setup):
-    if setup.table_width >= 2000:
+    if setup.table_width == 3989:
         raise RuntimeError("too wide for me\\nor not")
     find("vectorized").refresh(inputs, steps, setup)
 
@@ -122,10 +122,10 @@ def test_what_is_wrong_or_raises_where_it_is_timed_is_named(folder: Path) -> Non
     (folder / "odd.py").write_text(ODD, encoding="utf-8")
     names = ("idle-when-wide", "raises-when-wide", "python-loop-but-mine")
     chosen = [it for name in names for it in ("--only", name)]
-    done = invoke(*SMALL, "--size", "1,4000,20", "--impl", "odd.py", *chosen, "--json")
+    done = invoke(*SMALL, "--size", "1,3989,20", "--impl", "odd.py", *chosen, "--json")
     assert done.exit_code == 1
     idle, raises = (it for it in done.stderr.splitlines() if "is not timed" in it)
-    where = "in decode at B 1 W 4000 to 20"
+    where = "in decode at B 1 W 3989 to 20"
     assert idle.startswith(f"idle-when-wide is not timed: {where}, cache_seqlens[0] must be ")
     assert idle.endswith(" and is -1234567891, which it was before the call")
     assert raises == f"raises-when-wide is not timed {where}: it raised RuntimeError: too wide for me"
@@ -133,7 +133,7 @@ def test_what_is_wrong_or_raises_where_it_is_timed_is_named(folder: Path) -> Non
     assert [(it["implementation"], it["size"]) for it in told["timings"]] == [
         ("raises-when-wide", "B 2 W 64 to 20"),
         ("python-loop-but-mine", "B 2 W 64 to 20"),
-        ("python-loop-but-mine", "B 1 W 4000 to 20"),
+        ("python-loop-but-mine", "B 1 W 3989 to 20"),
     ]
     assert [it["host_ratio"] for it in told["timings"]] == [None] * 3, "only python-loop itself is the baseline"
 
