@@ -44,7 +44,7 @@ def asked(folder: Path, condition: str, name: str = "wrong", capturable: bool = 
     path = folder / f"{name}.py"
     path.write_text(WRONG.format(name=name, condition=condition, capturable=capturable), encoding="utf-8")
     plan = Plan(references=(str(path),), only=(name,), executors=("eager",), seed=3, isolate=False)
-    return replace(Ask(kind=BATCH, plan=plan, root=folder / "corpus", budget_s=2, version="1", command=""), **more)
+    return replace(Ask(kind=BATCH, plan=plan, root=folder / "corpus", budget_s=1, version="1", command=""), **more)
 
 
 def run(ask: Ask) -> tuple[CampaignFinished, list[Event]]:
@@ -96,7 +96,7 @@ ACCEPTS = Accepted(
 
 def broken(folder: Path, *faults: str, **more: Any) -> Ask:
     """A campaign over an implementation with these faults, in whatever has a request."""
-    ask = asked(folder, "inputs.batch_size", budget_s=1, **more)
+    ask = asked(folder, "inputs.batch_size", budget_s=0.5, **more)
     (path,) = map(Path, ask.plan.references)
     path.write_text(path.read_text().replace("steps[0].page_table_1[:1, :1].add_(1)", "; ".join(faults) or "pass"))
     return replace(ask, plan=replace(ask.plan, modes=(Mode.DECODE,)))

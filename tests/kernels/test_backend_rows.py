@@ -31,6 +31,8 @@ NAMES = (
 )
 EXPANSIONS = ("engine-expansion", "engine-expansion-inplace")
 GRAPH = "graph" if torch.cuda.is_available() else "simulated-graph"
+DRAWN = 30 if torch.cuda.is_available() else 16
+"""Cases; interpreted, each launch takes milliseconds."""
 UNIFORM = {Mode.DECODE, Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND_V2}
 
 
@@ -49,7 +51,7 @@ def _rows() -> Iterator[None]:
 
 @cache
 def _drawn() -> tuple[Case, ...]:
-    return tuple(draw_many(cases(), 30, seeded=11))
+    return tuple(draw_many(cases(), DRAWN, seeded=11))
 
 
 def _sequences() -> Iterator[Any]:
@@ -95,8 +97,8 @@ def test_drawn_cases(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_drawn_cases_captured(name: str) -> None:
-    captured = sum(_assert_agrees(case, name, GRAPH) for case in _drawn()[:14])
-    assert captured >= 7 or not registered()[name].capturable
+    captured = sum(_assert_agrees(case, name, GRAPH) for case in _drawn()[: DRAWN // 2])
+    assert captured >= DRAWN // 4 or not registered()[name].capturable
 
 
 @pytest.mark.parametrize("executor", ["eager", GRAPH])
@@ -131,7 +133,7 @@ def test_the_rows_come_by_reference_only() -> None:
 
 @cache
 def _ragged() -> tuple[Case, ...]:
-    return tuple(draw_many(cases(modes=[Mode.DRAFT_EXTEND]), 25, seeded=12))
+    return tuple(draw_many(cases(modes=[Mode.DRAFT_EXTEND]), DRAWN, seeded=12))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def _ragged() -> tuple[Case, ...]:
 def test_the_expansions_alone(name: str, executor: str) -> None:
     agreed = [verify(case, name, executor=executor) for case in _ragged()]
     assert {it.outcome for it in agreed} <= {Outcome.AGREE, Outcome.NOT_APPLICABLE}, agreed
-    assert sum(it.outcome is Outcome.AGREE for it in agreed) >= 15
+    assert sum(it.outcome is Outcome.AGREE for it in agreed) >= DRAWN * 3 // 5
 
 
 @pytest.mark.parametrize(("rows", "off"), [(slice(1, 2), 1), (slice(3, 4), 0)])

@@ -29,6 +29,8 @@ NAMES = (
     "onepass",
 )
 GRAPH = "graph" if torch.cuda.is_available() else "simulated-graph"
+DRAWN = 30 if torch.cuda.is_available() else 10
+"""Cases at random; interpreted, each launch takes milliseconds."""
 
 
 def _replays(*requests: tuple[int, int], **fields: Any) -> tuple[Replay, ...]:
@@ -155,12 +157,12 @@ def _draw_replay(rng: random.Random, setup: Setup) -> Replay:
 def test_cases_drawn_at_random(name: str, executor: str) -> None:
     rng = random.Random(20)
     agreed = 0
-    for _ in range(15):
+    for _ in range(DRAWN):
         case = _draw(rng)
         verdict = verify(case, name, executor=executor)
         agreed += verdict.outcome is Outcome.AGREE
         assert verdict.outcome in {Outcome.AGREE, Outcome.NOT_APPLICABLE}, (case, verdict)
-    assert agreed >= (15 if executor == "eager" else 8) or not registered()[name].capturable
+    assert agreed >= (DRAWN if executor == "eager" else DRAWN // 2) or not registered()[name].capturable
 
 
 class _NoSync(TorchDispatchMode):  # type: ignore[no-untyped-call]

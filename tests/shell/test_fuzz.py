@@ -10,10 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import pytest
+from click.testing import Result
 from conftest import NO_GPU
 from filelock import FileLock
 from msgspec.structs import replace
@@ -41,25 +41,12 @@ def refresh(inputs, steps, setup):
 """
 
 
-class Result(NamedTuple):
-    """What a command gave."""
-
-    exit_code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def output(self) -> str:
-        """All of it."""
-        return f"exit code {self.exit_code}\n{self.stdout}{self.stderr}"
-
-
 # On CUDA the first seconds of a campaign go into its context.
-SLICE_S = 4 if NO_GPU else 12
+SLICE_S = 3 if NO_GPU else 12
 HERE = ("--seed", "3", "--executor", "eager", "-w", "1", "--no-isolation")
 QUICK = (*HERE, "--max-time", f"{2 * SLICE_S}s", "--slice", f"{SLICE_S}s")
 UNTIL_FOUND = (*HERE, "--mode", "change", "--max-time", "2m", "--slice", "1m")
-SHORT = (*HERE, "--max-time", f"{SLICE_S + 1}s")
+SHORT = (*HERE, "--max-time", f"{SLICE_S}s")
 
 
 @pytest.fixture(autouse=True)
@@ -73,14 +60,8 @@ def twice(first: int, second: int) -> tuple[str, ...]:
     return "--impl", "twice.py", "--only", "twice"
 
 
-def nsa_verify(*arguments: str) -> Result:
-    """The command in a process of its own, since without isolation implementations run in it."""
-    done = subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, timeout=150, check=False)
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
 def fuzz(*arguments: str) -> Result:
-    return nsa_verify("fuzz", *arguments)
+    return invoke("fuzz", *arguments)
 
 
 def crashing() -> list[str]:
@@ -116,7 +97,7 @@ def test_two_bugs_are_two_groups_and_the_next_campaigns_go_on() -> None:
     assert mended.exit_code == 0, mended.output
     assert "it agrees now: nsa-verify corpus promote" in mended.stdout
     assert "no finding" in mended.stdout
-    promoted = nsa_verify("corpus", "promote", "--impl", "twice.py", "--no-isolation")
+    promoted = invoke("corpus", "promote", "--impl", "twice.py", "--no-isolation")
     assert promoted.exit_code == 0, promoted.output
     assert crashing() == []
     broken = fuzz(*twice(1, 0), *UNTIL_FOUND)
@@ -129,7 +110,7 @@ def test_two_bugs_are_two_groups_and_the_next_campaigns_go_on() -> None:
 def test_what_was_promoted_and_comes_back_is_new() -> None:
     assert fuzz(*twice(1, 0), *UNTIL_FOUND).exit_code == 1
     twice(0, 0)
-    assert nsa_verify("corpus", "promote", "--impl", "twice.py", "--no-isolation").exit_code == 0
+    assert invoke("corpus", "promote", "--impl", "twice.py", "--no-isolation").exit_code == 0
     back = fuzz(*twice(1, 0), *SHORT)
     assert back.exit_code == 1
     assert "1 finding open, 1 of them new" in back.stdout
