@@ -53,7 +53,8 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs CUDA where there is none, with the reason."""
+    """Skip what needs CUDA where there is none, with the reason; the longest test comes first, so that none waits."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     if NO_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):

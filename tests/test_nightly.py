@@ -53,7 +53,7 @@ def nightly(folder: Path, kind: str, arguments: str, **more: str) -> subprocess.
     path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     own = {
         "PATH": path,
-        "NSA_VERIFY_TIME": "6s" if NO_GPU else "30s",
+        "NSA_VERIFY_TIME": "3s" if NO_GPU else "30s",
         "NSA_VERIFY_ARGS": arguments,
         "NSA_VERIFY_SANITIZERS": "",
     }

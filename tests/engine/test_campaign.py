@@ -11,9 +11,7 @@ from engine.corpora import entry_of, saved
 from msgspec.structs import replace
 from shell.commands import graph_executor, registry_of_its_own
 
-from nsa_verify.core import implementation as declaring
 from nsa_verify.core.case import Mode
-from nsa_verify.core.implementation import registered
 from nsa_verify.engine.campaign import BATCH, CHANGE, NOT_RUN, campaign
 from nsa_verify.engine.corpus import Kind, load, scan
 from nsa_verify.engine.events import CampaignFinished, CaseReplayed, Event, SliceStarted
@@ -32,7 +30,6 @@ def refresh(inputs, steps, setup):
     if {condition}:
         steps[0].page_table_1[:1, :1].add_(1)
 """
-BUILT_IN = "nsa_verify.kernels."
 DECODE_ALONE = "inputs.mode is Mode.DECODE and inputs.batch_size > 1"
 VERIFY_ALONE = "inputs.mode is Mode.TARGET_VERIFY and setup.num_draft_tokens > 1"
 ROWS = "(inputs.mode is not Mode.DRAFT_EXTEND or int(inputs.accept_lens[: inputs.batch_size].sum()) > 0)"
@@ -49,9 +46,6 @@ def asked(folder: Path, condition: str, name: str = "wrong", capturable: bool = 
 
 def run(ask: Ask) -> tuple[CampaignFinished, list[Event]]:
     with registry_of_its_own():
-        # They run in this process: what other tests have registered may end it.
-        for name in [it for it, found in registered().items() if not found.refresh.__module__.startswith(BUILT_IN)]:
-            del declaring._registered[name]
         told = list(campaign(ask))
     assert isinstance(told[-1], CampaignFinished)
     return told[-1], told

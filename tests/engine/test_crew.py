@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nsa_verify.device.select import resolve
 from nsa_verify.engine import crew as module
 from nsa_verify.engine import searcher
 from nsa_verify.engine.crew import TRIES, Crew, Deferred
@@ -108,7 +109,7 @@ def test_ctrl_c_before_the_workers_are_up_is_not_kept(usual_ctrl_c: None) -> Non
 
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-QUICK = Plan(only=("python-loop",), isolate=False, device="cpu")
+QUICK = Plan(only=("python-loop",), isolate=False, device=resolve("auto"))
 
 
 @BOTH

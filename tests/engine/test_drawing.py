@@ -255,8 +255,8 @@ def test_what_a_gpu_found_is_shrunk_among_its_own_cases() -> None:
     assert shrink_round(PLAN, "cuda", 0, lambda case: case.setup.buckets[-1] >= wide)
 
 
-MOST_MS_PER_CASE = 2.0
-"""About 0.2 ms are usual for a CPU; the rest is for slow and busy machines."""
+MOST_MS_PER_CASE = 6.0
+"""About 1 ms is usual, and twice that where two threads share a core; the rest is for slow and busy machines."""
 
 
 def test_drawing_a_round_is_cheap() -> None:

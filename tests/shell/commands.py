@@ -16,6 +16,7 @@ from nsa_verify.core.registry import load_builtin
 from nsa_verify.engine import searcher, worker
 from nsa_verify.engine.corpus import Entry, Kind, Provenance, SavedFinding, save
 from nsa_verify.engine.plan import Plan
+from nsa_verify.kernels import BACKEND_ROWS, BUILTIN_MODULES
 from nsa_verify.shell.cli import cli
 
 DECODE = """
@@ -80,15 +81,18 @@ def saved(folder: Path, seq_len: int = 8, implementation: str = "short-top-k", m
 
 @contextmanager
 def registry_of_its_own() -> Iterator[None]:
-    """What is registered inside is forgotten afterwards."""
+    """Built-in implementations alone, for others may end this process; what is registered inside is forgotten."""
     load_builtin()
     before = declaring.registered()
+    sys.modules.pop(BACKEND_ROWS, None)  # so that it registers its rows when it is asked for
+    for name in [it for it, found in before.items() if found.refresh.__module__ not in BUILTIN_MODULES]:
+        del declaring._registered[name]
     searcher.close()
     worker.prepare.cache_clear()
     try:
         yield
     finally:
-        for name in [it for it in sys.modules if it.startswith("nsa_verify_impl_")]:
+        for name in [it for it in sys.modules if it.startswith("nsa_verify_impl_") or it == BACKEND_ROWS]:
             del sys.modules[name]
         declaring._registered.clear()
         declaring._registered.update(before)

@@ -84,7 +84,7 @@ def test_two_bugs_are_two_groups_and_the_next_campaigns_go_on() -> None:
     assert isinstance(slices, int)
     assert slices
 
-    second = fuzz(*twice(1, 1), *QUICK)
+    second = fuzz(*twice(1, 1), *SHORT)
     assert second.exit_code == 1
     assert f"goes on after {slices} search" in second.stdout
     assert "saved cases replayed: 2 FAILED" in second.stdout
@@ -93,7 +93,7 @@ def test_two_bugs_are_two_groups_and_the_next_campaigns_go_on() -> None:
     assert crashing() == ["nv101-twice", "nv104-twice"]
     assert record()["slices"] > slices  # type: ignore[operator]
 
-    mended = fuzz(*twice(0, 0), *QUICK)
+    mended = fuzz(*twice(0, 0), *SHORT)
     assert mended.exit_code == 0, mended.output
     assert "it agrees now: nsa-verify corpus promote" in mended.stdout
     assert "no finding" in mended.stdout
@@ -321,9 +321,9 @@ def wait_for_slices(count: int) -> None:
     raise AssertionError("no search ended")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_with_what_it_has(number: signal.Signals) -> None:
-    process = start(*twice(1, 1), "-w", "2")
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, "2"), (signal.SIGTERM, "1")])
+def test_a_signal_ends_it_with_what_it_has(number: signal.Signals, workers: str) -> None:
+    process = start(*twice(1, 1), "-w", workers)
     wait_for_slices(1)
     process.send_signal(number)
     told, _ = process.communicate(timeout=60)
