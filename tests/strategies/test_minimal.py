@@ -105,10 +105,6 @@ EXPECTED = {
         lined_up(3, lambda a, b, c: len(a) > len(b) == 0 < len(c)),
         Case(setup(), (replay(1), replay(), replay(1))),
     ),
-    "big, small, big": (
-        lined_up(3, lambda a, b, c: len(a) > len(b) > 0 and len(b) < len(c)),
-        Case(setup(buckets=(2,)), (replay(1, 1), replay(1), replay(1, 1))),
-    ),
     "a bucket and back": (
         lambda case: any(
             case.bucket(index) == case.bucket(index + 2) != case.bucket(index + 1)
@@ -178,7 +174,7 @@ EXPECTED = {
 }
 
 
-SEEDED = {"a bucket and back": 1, "a smaller batch in the same bucket": 6, "the_first_left": 1, "one_joined": 2}
+SEEDED = {"a bucket and back": 2, "a smaller batch in the same bucket": 6, "the_first_left": 1, "one_joined": 2}
 """Not 0 where what another seed draws shrinks in half the time."""
 
 
