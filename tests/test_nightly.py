@@ -69,7 +69,7 @@ def nightly(folder: Path, kind: str, arguments: str, **more: str) -> subprocess.
     )
 
 
-@pytest.mark.parametrize("kind", ["night", "change"])
+@pytest.mark.parametrize("kind", ["night", pytest.param("change", marks=pytest.mark.slow)])
 def test_a_search_leaves_reports(kind: str, tmp_path: Path) -> None:
     summary = tmp_path / "summary.md"
     done = nightly(tmp_path, kind, "--only vectorized --executor eager -w 1", GITHUB_STEP_SUMMARY=str(summary))

@@ -112,7 +112,7 @@ def _jobs_judged_alone() -> list[Job]:
     return judged
 
 
-@pytest.mark.parametrize("order", range(4))
+@pytest.mark.parametrize("order", [0, *(pytest.param(it, marks=pytest.mark.slow) for it in range(1, 4))])
 def test_a_verdict_does_not_depend_on_those_before_it(order: int) -> None:
     shuffled = _jobs_judged_alone().copy()
     random.Random(order).shuffle(shuffled)

@@ -12,7 +12,15 @@ import pytest
 SCRIPT = Path(__file__).with_name("compile_launches.py")
 
 
-@pytest.mark.parametrize("name", ["triton-fused", "triton-inplace", "precomputed-batched-copy", "onepass"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "triton-fused",
+        pytest.param("triton-inplace", marks=pytest.mark.slow),
+        pytest.param("precomputed-batched-copy", marks=pytest.mark.slow),
+        "onepass",
+    ],
+)
 def test_every_launch_compiles_once_for_a_gpu_that_is_not_there(name: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}

@@ -84,7 +84,8 @@ def _corners() -> Iterator[Any]:
         "num_sms": 132,
     }
     rows = tuple((8 + row % 13, row % 9) for row in range(71))
-    yield pytest.param(Setup(**lots, schedule=True, page_size=16), _replays(*rows)[1:3], id="more-lanes-than-a-block")
+    setup = Setup(**lots, schedule=True, page_size=16)
+    yield pytest.param(setup, _replays(*rows)[1:3], id="more-lanes-than-a-block", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("setup", "replays"), list(_corners()))

@@ -200,6 +200,7 @@ def test_no_more_is_drawn_than_is_needed(tmp_path: Path) -> None:
     assert hunted(CATALOGUE["page-column-off-by-one"], tmp_path).cases == ROUND_CASES
 
 
+@pytest.mark.slow
 def test_what_one_executor_was_shrunk_to_is_tried_first_for_the_other(tmp_path: Path) -> None:
     mutant = CATALOGUE["top-k-comparison"]
     plan = Plan(max_examples=30, references=(str(mutant.plant(tmp_path)),), only=(mutant.copy_name,), isolate=True)
@@ -222,6 +223,7 @@ def test_a_feature_that_is_switched_off_is_not_drawn(tmp_path: Path) -> None:
     assert hunted(mutant, tmp_path, without=("padding",), shrink=False).killed
 
 
+@pytest.mark.slow
 def test_the_same_seed_kills_with_the_same_cases(tmp_path: Path) -> None:
     chosen = [it for it in CATALOGUE.values() if it.seen_by and it.module == "python_loop"][:2]
     given = Hunt(executors=EXECUTORS, folder=str(tmp_path))

@@ -136,6 +136,7 @@ def test_without_a_bug_the_copies_agree(tmp_path: Path) -> None:
         assert (run.found, run.finished.signatures, run.finished.cases) == ([], (), 60)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_in_one_process_and_in_two(tmp_path: Path) -> None:
     bug = next(bug for bug in BUGS if bug.name == "top-k-comparison")
     path = bug.plant(tmp_path)

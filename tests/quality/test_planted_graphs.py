@@ -37,8 +37,17 @@ WITHIN = 300
 INNOCENT = "vectorized"
 """Runs beside every planted bug, and must not be accused."""
 
+SLOW = {
+    "batch-size-compiled",
+    "total-compiled",
+    "workspace-that-grows",
+    "map-of-the-previous-mode",
+    "field-not-copied",
+    "schedule-of-step-0-only",
+    "element-stride-ignored",
+}
 BUGS = [
-    *(pytest.param(bug, id=bug.name) for bug in GRAPH_BUGS),
+    *(pytest.param(it, id=it.name, marks=[pytest.mark.slow] if it.name in SLOW else []) for it in GRAPH_BUGS),
     *(pytest.param(bug, id=bug.name, marks=pytest.mark.gpu) for bug in GPU_BUGS),
 ]
 

@@ -93,6 +93,7 @@ def test_what_disagrees_is_not_timed(folder: Path) -> None:
     assert "vectorized" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_schedule_is_refreshed_too_by_those_who_write_it(folder: Path) -> None:
     with registry_of_its_own():
         path = written(folder, name="plain", too_low=0)

@@ -216,6 +216,7 @@ def test_fallbacks_are_counted_and_shown(folder: Path) -> None:
     assert "fallbacks" not in invoke("run", "--only", "vectorized", *FEW).stdout
 
 
+@pytest.mark.slow
 def test_compile_keys_are_counted_and_shown(folder: Path) -> None:
     run = ("run", "--only", "vectorized", "--only", "triton-inplace", "--mode", "decode", "-n", 12, "--seed", 7)
     one, two = (json.loads(invoke(*run, "--json", "-w", workers).stdout) for workers in (1, 2))

@@ -134,6 +134,7 @@ def test_a_case_that_is_as_it_was_drawn_is_shrunk_by_the_next_campaign() -> None
     assert (smaller, load(smaller).provenance.attempts) == (path, 5)
 
 
+@pytest.mark.slow
 def test_a_case_as_it_was_drawn_in_another_mode_makes_room_for_the_minimal_one() -> None:
     """As a search that was killed leaves it: the finding is what it showed first, and there is no record of it."""
     both = "inputs.mode in (Mode.DECODE, Mode.TARGET_VERIFY)"
@@ -321,7 +322,9 @@ def wait_for_slices(count: int) -> None:
     raise AssertionError("no search ended")
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, "2"), (signal.SIGTERM, "1")])
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGINT, "2"), pytest.param(signal.SIGTERM, "1", marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_it_with_what_it_has(number: signal.Signals, workers: str) -> None:
     process = start(*twice(1, 1), "-w", workers)
     wait_for_slices(1)

@@ -113,7 +113,7 @@ def _killed(folder: Path, line: str, later_s: float, everybody: bool, choose: ra
     return said.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("number", range(KILLS))
+@pytest.mark.parametrize("number", [*range(3), *(pytest.param(it, marks=pytest.mark.slow) for it in range(3, KILLS))])
 def test_nothing_that_was_reported_is_lost(folder: Path, number: int) -> None:
     (folder / "mine.py").write_text(MINE)
     choose = random.Random(number)
@@ -197,6 +197,7 @@ def test_the_case_in_flight_is_judged_again_and_said(folder: Path) -> None:
     assert not (folder / "corpus" / FOLDER).exists()
 
 
+@pytest.mark.slow
 def test_a_pytest_worker_that_is_killed_costs_its_test_only(folder: Path) -> None:
     for seq_len in range(1, 4):
         saved(folder, seq_len)
@@ -250,6 +251,7 @@ def test_two_runs_over_one_corpus(folder: Path) -> None:
     assert not (folder / "corpus" / FOLDER).exists()
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_over_one_corpus(folder: Path) -> None:
     (folder / "mine.py").write_text(MINE)
     only = ("run", "--impl", "mine.py", "--only", "wrong", "--mode", "decode", *EAGER)

@@ -156,6 +156,7 @@ def test_ctrl_c_while_a_case_is_shrunk(folder: Path, start: type[Running]) -> No
     assert "; the shrink was interrupted\n" in ended[1]
 
 
+@pytest.mark.slow
 def test_a_death_that_needs_the_cases_before_it(folder: Path) -> None:
     """It is kept with them, and they make it come again."""
     (folder / "deadly.py").write_text(DEADLY)

@@ -178,13 +178,30 @@ SEEDED = {"a bucket and back": 2, "a smaller batch in the same bucket": 6, "the_
 """Not 0 where what another seed draws shrinks in half the time."""
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+SLOW = {
+    "a bucket and back",
+    "a pool row reused",
+    "eight replays",
+    "a smaller batch in the same bucket",
+    "the_first_left",
+    "one_joined",
+}
+
+
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if name in SLOW else []
+
+
+@pytest.mark.parametrize("name", [pytest.param(it, marks=_marks(it)) for it in EXPECTED])
 def test_cases_shrink_to_what_a_person_would_have_written(name: str) -> None:
     predicate, expected = EXPECTED[name]
     assert minimal(cases(), predicate, seeded=SEEDED.get(name, 0)) == expected
 
 
-@pytest.mark.parametrize("turn", [one_grown, the_first_left, one_joined], ids=lambda it: it.__name__)
+@pytest.mark.parametrize(
+    "turn",
+    [pytest.param(it, id=it.__name__, marks=_marks(it.__name__)) for it in (one_grown, the_first_left, one_joined)],
+)
 def test_what_depends_on_the_replay_before_shrinks_to_two_small_ones(turn: Callable[..., bool]) -> None:
     found = minimal(cases(), lined_up(2, turn), seeded=SEEDED.get(turn.__name__, 0))
     assert len(found.replays) == 2
