@@ -44,7 +44,7 @@ SEEDS = range(int(ASKED or "1"))
 SLOW = ("triton_fused", "triton_inplace", "precomputed_batched_copy", "onepass")
 """Mutants of Triton kernels take long without a GPU."""
 PLANTED = {it.name for it in (*BUGS, *GRAPH_BUGS, *GPU_BUGS)}
-"""Hunted in any case, kernels among them, and more is asked of them: test_planted_bugs, test_planted_graphs."""
+"""test_planted_bugs and test_planted_graphs hunt these, kernels among them, and ask more of them."""
 QUICK = [
     it.name
     for it in CATALOGUE.values()

@@ -46,6 +46,7 @@ SLOW = {
     "schedule-of-step-0-only",
     "element-stride-ignored",
 }
+"""They take longest; others of their kinds are left."""
 BUGS = [
     *(pytest.param(it, id=it.name, marks=[pytest.mark.slow] if it.name in SLOW else []) for it in GRAPH_BUGS),
     *(pytest.param(bug, id=bug.name, marks=pytest.mark.gpu) for bug in GPU_BUGS),

@@ -186,6 +186,7 @@ SLOW = {
     "the_first_left",
     "one_joined",
 }
+"""They take longest, three replays and batches that go on; shorter sequences are left."""
 
 
 def _marks(name: str) -> list[pytest.MarkDecorator]:
