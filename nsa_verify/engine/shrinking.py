@@ -12,7 +12,7 @@ from nsa_verify.engine.drawing import shrink_round
 from nsa_verify.engine.events import Reliability
 from nsa_verify.engine.isolation import Inside, Keeper
 from nsa_verify.engine.messages import Task
-from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.plan import EAGER, Plan
 from nsa_verify.engine.searcher import DEATHS, Seen, keeper_of, stopping
 from nsa_verify.engine.simplifying import simplified
 from nsa_verify.engine.transferring import transferred
@@ -145,14 +145,16 @@ def _is_about(plan: Plan, verdict: Verdict, signature: Signature) -> bool:
 
 def _symptoms_elsewhere(keeper: Keeper | Inside, case: Case, finding: Finding, symptoms: Collection[str]) -> list[str]:
     """Which of its ``symptoms``, that of ``finding`` among them, the ``case`` shows in other modes too; what else it
-    shows there is another bug."""
-    pair = (finding.implementation, finding.executor)
+    shows there is another bug. A mode that cannot be captured is called eagerly."""
+    name, is_deadly = finding.implementation, finding.code in DEATHS
     found: dict[str, None] = {}
     for mode in Mode:
         for moved in transferred(case, finding.mode, mode) if mode is not finding.mode else ():
             if stopping():
                 break
-            verdict = keeper.judge_whatever(moved, pair, finding.code in DEATHS)
+            verdict = keeper.judge_whatever(moved, (name, finding.executor), is_deadly)
+            if not verdict.findings and mode not in verdict.modes:
+                verdict = keeper.judge_whatever(moved, (name, EAGER), is_deadly)
             shown = [it for it in verdict.findings if symptom_of(it.code, finding.mode, it.place) in symptoms]
             found |= dict.fromkeys(it.symptom for it in shown)
     return list(found)

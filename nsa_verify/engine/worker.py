@@ -115,7 +115,8 @@ class Desk:
 
         self._device, implementations = prepare(plan.device, plan.references, plan.only)
         self._implementations = {it.name: it for it in implementations}
-        self._executors = {it.name: it for it in drivers(self._device, plan.executors)}
+        asked = drivers(self._device, plan.executors)
+        self._executors = {it.name: it for it in drivers(self._device, ())}
         subjects = tuple(
             Subject(it.name, it.source, str(it.extent), tuple(mode for mode in plan.modes if mode in it.modes))
             for it in implementations
@@ -123,7 +124,7 @@ class Desk:
         self._blind = plan.blind
         self.base_bytes = 0
         """The memory that this process had when it was up."""
-        self.hello = Hello(self._device, describe(self._device), subjects, tuple(self._executors))
+        self.hello = Hello(self._device, describe(self._device), subjects, tuple(it.name for it in asked))
 
     def warm_up(self) -> None:
         """Create the device's context now and not in the first case."""

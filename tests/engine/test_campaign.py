@@ -37,7 +37,7 @@ ROWS = "(inputs.mode is not Mode.DRAFT_EXTEND or int(inputs.accept_lens[: inputs
 ALL_MODES = f"setup.page_size > 1 and {ROWS}"
 
 
-def asked(folder: Path, condition: str, name: str = "wrong", capturable: bool = True, **more: Any) -> Ask:
+def asked(folder: Path, condition: str, name: str = "wrong", capturable: object = True, **more: Any) -> Ask:
     path = folder / f"{name}.py"
     path.write_text(WRONG.format(name=name, condition=condition, capturable=capturable), encoding="utf-8")
     plan = Plan(references=(str(path),), only=(name,), executors=("eager",), seed=3, isolate=False)
@@ -79,6 +79,23 @@ def test_one_bug_in_all_modes_is_one_group_whichever_search_meets_it(tmp_path: P
         assert len(list(scan(ask.root / Kind.CRASHING))) == 1
         assert ended.exit_code == 1
     assert not group.is_new
+
+
+RAGGED_MORE = f"{ROWS} and (inputs.mode is Mode.DRAFT_EXTEND or inputs.batch_size > 1)"
+"""In draft-extend a request alone shows it; the smallest case of another mode shows it there too."""
+
+
+@pytest.mark.parametrize("first", [Mode.DRAFT_EXTEND, Mode.TARGET_VERIFY])
+def test_a_mode_that_cannot_be_captured_tells_of_what_graphs_show_elsewhere(tmp_path: Path, first: Mode) -> None:
+    """One bug: seen in draft-extend, which is run eagerly alone, and in graphs that hold no draft-extend."""
+    ask = asked(tmp_path, RAGGED_MORE, capturable="[Mode.TARGET_VERIFY]")
+    executors = {Mode.DRAFT_EXTEND: "eager", Mode.TARGET_VERIFY: graph_executor()}
+    both = tuple(it for it in Mode if it in executors)
+    for mode, seen in ((first, (first,)), (next(it for it in both if it is not first), both)):
+        plan = replace(ask.plan, modes=(mode,), executors=(executors[mode],))
+        (group,) = run_until(replace(ask, plan=plan), seen).groups
+        assert (group.mode, group.modes) == (first, seen)
+    assert len(list(scan(ask.root / Kind.CRASHING))) == 1
 
 
 LENGTHS = "steps[0].cache_seqlens[:1].add_(1)"
