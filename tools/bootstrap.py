@@ -70,9 +70,19 @@ def ensure(venv: Path, extra: str) -> None:
         run([python, "-m", "pip", "uninstall", "--yes", "setuptools"], "removing the old setuptools failed")
         build.append("--no-build-isolation")
     hint = "pip could not install the project; is there a network, or PIP_FIND_LINKS with the wheels?"
-    run([python, "-m", "pip", "install", *build, "-e", f"{ROOT}[{extra}]"], hint)
+    run([python, "-m", "pip", "install", "--no-compile", *build, "-e", f"{ROOT}[{extra}]"], hint)
+    compile_all(python)
     stamps[-1].write_text(key, encoding="utf-8")
     print(f"bootstrap: {venv} is ready after {time.monotonic() - began:.0f} s", flush=True)
+
+
+def compile_all(python: str) -> None:
+    """Write the bytecode of its packages with all cores, for which pip takes one; a file that is for another Python, as
+    some packages have, is left as it is."""
+    show = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    folder = subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip()
+    command = [python, "-m", "compileall", "-q", "-j", "0", folder]
+    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
 
 
 def create(venv: Path, parent: list[str]) -> str:

@@ -194,22 +194,22 @@ def _nodes() -> Iterator[Nodes]:
 
 
 @pytest.mark.first
-def test_a_cluster_does_what_this_machine_does(
-    nodes: Nodes, plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cluster_does_what_this_machine_does(nodes: Nodes, plan: Plan) -> None:
     """Few tests, so that few clusters are started: pytest-xdist gives each test to any of its processes."""
     there = settled(replace(plan, engine=cluster.RAY, address=nodes.address), None)
     assert (there.workers, there.device, there.gpu_share) == (2, "cpu", 0.0)
     with pytest.raises(EngineError, match=r"--device cuda: no node of the Ray cluster has a GPU; use --device cpu"):
         settled(replace(there, device="cuda"), None)
     _same_as_here(nodes, plan, there)
-    _searchers_that_are_killed(there, tmp_path, caplog)
 
 
 @pytest.mark.first
 @pytest.mark.slow
-def test_a_cluster_that_loses_what_works_in_it(nodes: Nodes, plan: Plan, tmp_path: Path) -> None:
+def test_a_cluster_that_loses_what_works_in_it(
+    nodes: Nodes, plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     there = settled(replace(plan, engine=cluster.RAY, address=nodes.address), None)
+    _searchers_that_are_killed(there, tmp_path, caplog)
     _work_that_kills(replace(there, isolate=False), tmp_path)
     _stopped(there)
     _other_environments(there)

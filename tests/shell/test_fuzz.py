@@ -47,6 +47,8 @@ HERE = ("--seed", "3", "--executor", "eager", "-w", "1", "--no-isolation")
 QUICK = (*HERE, "--max-time", f"{2 * SLICE_S}s", "--slice", f"{SLICE_S}s")
 UNTIL_FOUND = (*HERE, "--mode", "change", "--max-time", "2m", "--slice", "1m")
 SHORT = (*HERE, "--max-time", f"{SLICE_S}s")
+REPLAYED = (*HERE, "--max-time", "1s" if NO_GPU else f"{SLICE_S}s")
+"""Enough where saved cases tell all that is asked."""
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +86,7 @@ def test_two_bugs_are_two_groups_and_the_next_campaigns_go_on() -> None:
     assert isinstance(slices, int)
     assert slices
 
-    second = fuzz(*twice(1, 1), *SHORT)
+    second = fuzz(*twice(1, 1), *REPLAYED)
     assert second.exit_code == 1
     assert f"goes on after {slices} search" in second.stdout
     assert "saved cases replayed: 2 FAILED" in second.stdout
@@ -93,7 +95,7 @@ def test_two_bugs_are_two_groups_and_the_next_campaigns_go_on() -> None:
     assert crashing() == ["nv101-twice", "nv104-twice"]
     assert record()["slices"] > slices  # type: ignore[operator]
 
-    mended = fuzz(*twice(0, 0), *SHORT)
+    mended = fuzz(*twice(0, 0), *REPLAYED)
     assert mended.exit_code == 0, mended.output
     assert "it agrees now: nsa-verify corpus promote" in mended.stdout
     assert "no finding" in mended.stdout
@@ -372,7 +374,7 @@ def test_killed_and_started_again_nothing_is_lost() -> None:
     for path in scan(Path("corpus")):
         if FOLDER not in path.parts:
             load(path)
-    again = fuzz(*twice(1, 1), *QUICK)
+    again = fuzz(*twice(1, 1), *REPLAYED)
     assert again.exit_code == 1, again.output
     assert f"goes on after {slices} search" in again.stdout
     assert set(found) <= set(crashing())
