@@ -201,7 +201,7 @@ def _slices(
         choice = Choice(ask.plan.modes, (), executors)
         if totals.subjects:  # the first search has everything: each that was asked for is judged
             choice = choose(record.shares, number, record.seed, ask.plan.modes, loaded, executors, totals.subjects)
-        plan = _plan(ask, record, totals, choice, number, min(length, left))
+        plan = replace(_plan(ask, record, totals, choice, number, min(length, left)), besides=executors)
         ended: RunFinished | None = None
         yield SliceStarted(number, plan.max_time_s, choice.modes, choice.implementations or loaded, choice.executors)
         has_started = False
@@ -222,7 +222,7 @@ def _slices(
             return StopReason.INTERRUPTED
         assert ended is not None
         totals.seconds = time.monotonic() - began
-        choice = replace(choice, implementations=choice.implementations or loaded)
+        choice = Choice(choice.modes, choice.implementations or loaded, choice.executors or executors)
         yield _count(ask, record, totals, choice, ended, plan)
         told = [exchange.go_on(ask.root, totals.fixed)] if exchange else []
         yield from told
@@ -357,18 +357,14 @@ def _count(ask: Ask, record: Record, totals: Totals, choice: Choice, ended: RunF
     totals.matrix.add(ended.matrix)
     totals.tally.add(ended.tally)
     coverage = record.coverage
-    before = len(coverage.counts)
+    before = {pair for pair, _ in coverage.by_pair()}
     coverage.add(ended.coverage)
     record.coverage = coverage
-    new_pairs = len(coverage.counts) - before
+    new_pairs = {pair for pair, _ in coverage.by_pair()} - before
     found = groups(ask.root)[0]
     record.forget_all_but({str(bug) for bug in found})
-    accused = {it.implementation for it in ended.signatures if it not in plan.known}
-    for kind, names in (("modes", choice.modes), ("executors", choice.executors)):
-        for name in names:
-            record.shares.count(kind, name, ended.cases, new_pairs / 100 + len(accused))
-    for name in choice.implementations:
-        record.shares.count("implementations", name, ended.cases, float(name in accused))
+    found_now = [it for it in ended.signatures if it not in plan.known]
+    record.shares.count_in(choice, ended.cases, new_pairs, found_now)
     record.slices += 1
     record.cases += ended.cases
     record.seconds += ended.seconds
@@ -377,7 +373,7 @@ def _count(ask: Ask, record: Record, totals: Totals, choice: Choice, ended: RunF
     return SliceFinished(
         number=record.slices - 1,
         slice_cases=ended.cases,
-        new_pairs=new_pairs,
+        new_pairs=len(new_pairs),
         cases=totals.cases,
         seconds=totals.seconds,
         groups=len(found),

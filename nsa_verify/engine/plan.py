@@ -64,6 +64,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     max_time_s: float = 0.0
     modes: tuple[Mode, ...] = tuple(Mode)
     executors: tuple[str, ...] = ()
+    besides: tuple[str, ...] = ()
+    """Executors that nothing is searched under, but that may be asked about what is found."""
     device: str = "auto"
     references: tuple[str, ...] = ()
     """What ``--impl`` named."""

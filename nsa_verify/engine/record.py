@@ -41,6 +41,13 @@ class Sighting(Struct):
     signatures: list[Signature] = []
     symptoms: list[str] = []
 
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for what no campaign writes."""
+        modes = [*(it.split()[1:2] for it in self.symptoms), *([it.mode] for it in self.signatures if it.mode)]
+        for mode in modes:
+            if not {*mode} <= {*Mode} or not mode:
+                raise ValueError(f"{' '.join(mode)!r} is no mode")
+
 
 class Record(Struct, forbid_unknown_fields=True):
     """Everything that campaigns over one corpus have in common. ``sightings`` are by ``str`` of their ``Bug``."""

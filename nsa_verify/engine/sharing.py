@@ -9,13 +9,25 @@ from typing import Annotated, Final, TypeVar
 from msgspec import Meta, Struct
 
 from nsa_verify.core.case import Mode
+from nsa_verify.core.findings import Signature
+from nsa_verify.core.labels import Pair
 
 Name = TypeVar("Name", bound=str)
 
 ALL_EVERY: Final = 3
 """Every so many slices have everything: pairs of modes, and implementations side by side on the same cases."""
 FADING: Final = 0.8
-"""What a slice found counts that much less after the next one."""
+"""What a slice found counts that much less after each later slice of the same mode, implementation or executor."""
+PAIRS_OF_A_FINDING: Final = 10
+"""So many new pairs of a mode and another label count as much as an implementation's first finding there."""
+
+
+class Choice(Struct, frozen=True):
+    """What a slice is over; ``implementations`` of () are all."""
+
+    modes: tuple[Mode, ...]
+    implementations: tuple[str, ...]
+    executors: tuple[str, ...]
 
 
 class Share(Struct):
@@ -23,7 +35,7 @@ class Share(Struct):
 
     cases: Annotated[int, Meta(ge=0)] = 0
     news: Annotated[float, Meta(ge=0.0)] = 0.0
-    """New groups and new pairs of labels, the older the less."""
+    """New findings, and of modes new pairs of labels, the older the less."""
 
 
 class Shares(Struct):
@@ -39,13 +51,19 @@ class Shares(Struct):
         share.cases += cases
         share.news = FADING * share.news + news
 
-
-class Choice(Struct, frozen=True):
-    """What a slice is over; ``implementations`` of () are all."""
-
-    modes: tuple[Mode, ...]
-    implementations: tuple[str, ...]
-    executors: tuple[str, ...]
+    def count_in(self, choice: Choice, cases: int, pairs: Collection[Pair], found: Collection[Signature]) -> None:
+        """Count a slice over ``choice`` in, each for what it found itself: new ``pairs`` of labels, and signatures that
+        nobody knew."""
+        for mode in choice.modes:
+            pairs_here = sum(f"mode:{mode}" in pair for pair in pairs)
+            accused = {it.implementation for it in found if it.mode == mode}
+            self.count("modes", mode, cases, pairs_here / PAIRS_OF_A_FINDING + len(accused))
+        for name in choice.executors:
+            accused = {it.implementation for it in found if it.executor == name}
+            self.count("executors", name, cases, float(len(accused)))
+        accused = {it.implementation for it in found}
+        for name in choice.implementations:
+            self.count("implementations", name, cases, float(name in accused))
 
 
 def choose(

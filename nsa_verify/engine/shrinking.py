@@ -82,7 +82,7 @@ def shrink(plan: Plan, index: int, seen: Seen, hints: Sequence[Case] = ()) -> Sh
     drawn = pictures_of(plan, case, signature) if plan.pictures and not tried.stopped else ()
     symptoms = [it.symptom for it in plan.news(verdict)]
     if plan.detail and not tried.stopped:
-        symptoms += _symptoms_elsewhere(keeper, case, finding, symptoms)
+        symptoms += _symptoms_elsewhere(plan, keeper, case, finding, symptoms)
     return ShrinkResult(
         case=case,
         finding=finding,
@@ -143,19 +143,28 @@ def _is_about(plan: Plan, verdict: Verdict, signature: Signature) -> bool:
     return finding is not None and finding.signature_in(plan.detail) == signature
 
 
-def _symptoms_elsewhere(keeper: Keeper | Inside, case: Case, finding: Finding, symptoms: Collection[str]) -> list[str]:
+def _symptoms_elsewhere(
+    plan: Plan, keeper: Keeper | Inside, case: Case, finding: Finding, symptoms: Collection[str]
+) -> list[str]:
     """Which of its ``symptoms``, that of ``finding`` among them, the ``case`` shows in other modes too; what else it
-    shows there is another bug. A mode that cannot be captured is called eagerly."""
+    shows there is another bug. A mode that cannot be captured is called eagerly, if that is how the ``case`` shows it
+    as well, and if the plan has that executor."""
     name, is_deadly = finding.implementation, finding.code in DEATHS
+    has_eager = finding.executor != EAGER and EAGER in (*keeper.hello().executors, *plan.besides)
+    eagerly: Collection[str] | None = None
     found: dict[str, None] = {}
     for mode in Mode:
         for moved in transferred(case, finding.mode, mode) if mode is not finding.mode else ():
             if stopping():
                 break
-            verdict = keeper.judge_whatever(moved, (name, finding.executor), is_deadly)
-            if not verdict.findings and mode not in verdict.modes:
-                verdict = keeper.judge_whatever(moved, (name, EAGER), is_deadly)
-            shown = [it for it in verdict.findings if symptom_of(it.code, finding.mode, it.place) in symptoms]
+            verdict, known = keeper.judge_whatever(moved, (name, finding.executor), is_deadly), symptoms
+            if has_eager and not verdict.findings and mode not in verdict.modes:
+                if eagerly is None:
+                    called = keeper.judge_whatever(case, (name, EAGER), is_deadly)
+                    eagerly = {it.symptom for it in called.findings}
+                known = [it for it in symptoms if it in eagerly] if finding.symptom in eagerly else []
+                verdict = keeper.judge_whatever(moved, (name, EAGER), is_deadly) if known else verdict
+            shown = [it for it in verdict.findings if symptom_of(it.code, finding.mode, it.place) in known]
             found |= dict.fromkeys(it.symptom for it in shown)
     return list(found)
 

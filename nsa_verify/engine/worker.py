@@ -116,7 +116,8 @@ class Desk:
         self._device, implementations = prepare(plan.device, plan.references, plan.only)
         self._implementations = {it.name: it for it in implementations}
         asked = drivers(self._device, plan.executors)
-        self._executors = {it.name: it for it in drivers(self._device, ())}
+        besides = drivers(self._device, plan.besides) if plan.besides else ()
+        self._executors = {it.name: it for it in (*asked, *besides)}
         subjects = tuple(
             Subject(it.name, it.source, str(it.extent), tuple(mode for mode in plan.modes if mode in it.modes))
             for it in implementations

@@ -14,9 +14,10 @@ from shell.commands import graph_executor, registry_of_its_own
 from nsa_verify.core.case import Mode
 from nsa_verify.engine.campaign import BATCH, CHANGE, NOT_RUN, campaign
 from nsa_verify.engine.corpus import Kind, load, scan
-from nsa_verify.engine.events import CampaignFinished, CaseReplayed, Event, SliceStarted
+from nsa_verify.engine.events import CampaignFinished, CaseReplayed, Disagreement, Event, SliceStarted
 from nsa_verify.engine.inflight import FOLDER
 from nsa_verify.engine.plan import Plan
+from nsa_verify.engine.search import search
 from nsa_verify.engine.totals import Ask
 from nsa_verify.engine.triage import Accepted, Baseline
 
@@ -41,7 +42,7 @@ def asked(folder: Path, condition: str, name: str = "wrong", capturable: object 
     path = folder / f"{name}.py"
     path.write_text(WRONG.format(name=name, condition=condition, capturable=capturable), encoding="utf-8")
     plan = Plan(references=(str(path),), only=(name,), executors=("eager",), seed=3, isolate=False)
-    return replace(Ask(kind=BATCH, plan=plan, root=folder / "corpus", budget_s=1, version="1", command=""), **more)
+    return replace(Ask(kind=BATCH, plan=plan, root=folder / "corpus", budget_s=0.5, version="1", command=""), **more)
 
 
 def run(ask: Ask) -> tuple[CampaignFinished, list[Event]]:
@@ -89,13 +90,44 @@ RAGGED_MORE = f"{ROWS} and (inputs.mode is Mode.DRAFT_EXTEND or inputs.batch_siz
 def test_a_mode_that_cannot_be_captured_tells_of_what_graphs_show_elsewhere(tmp_path: Path, first: Mode) -> None:
     """One bug: seen in draft-extend, which is run eagerly alone, and in graphs that hold no draft-extend."""
     ask = asked(tmp_path, RAGGED_MORE, capturable="[Mode.TARGET_VERIFY]")
-    executors = {Mode.DRAFT_EXTEND: "eager", Mode.TARGET_VERIFY: graph_executor()}
-    both = tuple(it for it in Mode if it in executors)
-    for mode, seen in ((first, (first,)), (next(it for it in both if it is not first), both)):
-        plan = replace(ask.plan, modes=(mode,), executors=(executors[mode],))
-        (group,) = run_until(replace(ask, plan=plan), seen).groups
-        assert (group.mode, group.modes) == (first, seen)
+    ask = replace(ask, plan=replace(ask.plan, executors=("eager", graph_executor())))
+    for modes in ((first,), (Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND)):
+        seen = tuple(it for it in Mode if it in modes)
+        (group,) = run_until(replace(ask, plan=replace(ask.plan, modes=modes)), seen).groups
+        assert group.mode is first
+        if Mode.TARGET_VERIFY in seen:
+            assert group.executors == ("eager", graph_executor())
     assert len(list(scan(ask.root / Kind.CRASHING))) == 1
+
+
+FROZEN = "steps[0].cache_seqlens[:1].fill_(int(inputs.seq_lens_cpu[0]) + setup.num_draft_tokens)"
+OFF_BY_ONE = "steps[0].cache_seqlens[:1].add_(1)"
+
+
+def test_what_only_graphs_show_is_not_what_is_wrong_eagerly_elsewhere(tmp_path: Path) -> None:
+    """Two bugs of one place: a length frozen into graphs, and a wrong one in a mode that is not captured."""
+    ask = asked(tmp_path, "inputs.batch_size", capturable="[Mode.TARGET_VERIFY], host_lengths=True")
+    (path,) = map(Path, ask.plan.references)
+    fault = f"({FROZEN} if inputs.mode is Mode.TARGET_VERIFY else {OFF_BY_ONE})"
+    path.write_text(path.read_text().replace("steps[0].page_table_1[:1, :1].add_(1)", fault))
+    modes = (Mode.TARGET_VERIFY, Mode.DRAFT_EXTEND)
+    ask = replace(ask, plan=replace(ask.plan, modes=modes, executors=("eager", graph_executor())))
+    ended = run_until(ask, (Mode.DRAFT_EXTEND,), (Mode.TARGET_VERIFY,))
+    assert [(str(it.code), it.place) for it in ended.groups] == [
+        ("NV101", "cache_seqlens inside"),
+        ("NV302", "cache_seqlens inside"),
+    ]
+
+
+def test_only_executors_that_were_asked_for_tell_of_what_is_found(tmp_path: Path) -> None:
+    """Others may be what an implementation does not survive."""
+    ask = asked(tmp_path, RAGGED_MORE, capturable="[Mode.TARGET_VERIFY]")
+    plan = replace(ask.plan, modes=(Mode.TARGET_VERIFY,), executors=(graph_executor(),), detail=True, max_examples=20)
+    for besides, modes in ((), {"target-verify"}), (("eager",), {*Mode}):
+        with registry_of_its_own():
+            told = list(search(replace(plan, besides=besides), lambda found: found, "1", {}))
+        (found,) = (it for it in told if isinstance(it, Disagreement))
+        assert {it.split()[1] for it in found.symptoms} == modes
 
 
 LENGTHS = "steps[0].cache_seqlens[:1].add_(1)"
@@ -155,7 +187,7 @@ def test_cases_kept_as_they_were_drawn_become_one_group_once_they_are_shrunk(tmp
 
 def test_a_saved_case_that_fails_for_another_is_red(tmp_path: Path) -> None:
     """It disagrees on what was saved for somebody else, which no search finds in time."""
-    ask = asked(tmp_path, "setup.pool_width == 777", budget_s=1)
+    ask = asked(tmp_path, "setup.pool_width == 777", budget_s=0.5)
     entry = entry_of(8)
     setup = replace(entry.case.setup, pool_width=777, pool_row_stride=777)
     saved(ask.root, replace(entry, case=replace(entry.case, setup=setup)))
@@ -167,7 +199,7 @@ def test_a_saved_case_that_fails_for_another_is_red(tmp_path: Path) -> None:
 
 
 def test_what_nobody_judged_is_not_green(tmp_path: Path) -> None:
-    ask = asked(tmp_path, "True", capturable=False, budget_s=1)
+    ask = asked(tmp_path, "True", capturable=False, budget_s=0.5)
     ended, _ = run(replace(ask, plan=replace(ask.plan, executors=(graph_executor(),))))
     assert (ended.exit_code, ended.problems) == (
         2,
@@ -176,7 +208,7 @@ def test_what_nobody_judged_is_not_green(tmp_path: Path) -> None:
 
 
 def test_saved_cases_take_no_time_from_the_search_and_those_that_cannot_run_are_said(tmp_path: Path) -> None:
-    ask = asked(tmp_path, "False", budget_s=1)
+    ask = asked(tmp_path, "False", budget_s=0.5)
     (path,) = saved(ask.root, entry_of(8, implementation="gone"), kind=Kind.REGRESSION)
     ask = replace(ask, plan=replace(ask.plan, only=(), modes=(Mode.DECODE,)))
     ended, told = run(ask)
@@ -208,7 +240,7 @@ def test_the_day_it_was_first_seen_stays_when_its_case_becomes_smaller(tmp_path:
 
 
 def test_a_finding_of_a_killed_run_that_cannot_be_read_is_not_green(tmp_path: Path) -> None:
-    ask = asked(tmp_path, "False", budget_s=1)
+    ask = asked(tmp_path, "False", budget_s=0.5)
     left = ask.root / FOLDER / "123-abcd"
     left.mkdir(parents=True)
     (left / "reported.json").write_bytes(b"\xff\xfe")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from nsa_verify import Mode
-from nsa_verify.engine.sharing import ALL_EVERY, Choice, Shares, choose
+from nsa_verify import Code, Mode
+from nsa_verify.core.findings import Signature
+from nsa_verify.engine.sharing import ALL_EVERY, PAIRS_OF_A_FINDING, Choice, Shares, choose
 
 MODES, NAMES, EXECUTORS = tuple(Mode), ("a", "b", "c", "d", "e"), ("eager", "graph")
 
@@ -75,3 +76,21 @@ def test_what_finds_new_things_gets_more_for_a_while() -> None:
         for name in NAMES:
             shares.count("implementations", name, cases=100, news=0.0)
     assert 90 < sum("d" in choice.implementations for choice in chosen(shares, 300)) < 150
+
+
+def test_news_are_of_the_mode_the_executor_and_the_implementation_that_showed_them() -> None:
+    shares = Shares()
+    found = [Signature("b", "graph", Code.STALE, "x inside", mode) for mode in (Mode.DECODE, Mode.TARGET_VERIFY)]
+    pairs = [(f"mode:{Mode.DECODE}", f"rows:{it}") for it in range(PAIRS_OF_A_FINDING)] + [("rows:1", "steps:1")]
+    shares.count_in(Choice(MODES, NAMES, EXECUTORS), 100, pairs, found)
+    assert {name: it.news for name, it in shares.modes.items()} == {
+        Mode.DECODE: 2.0,
+        Mode.TARGET_VERIFY: 1.0,
+        Mode.DRAFT_EXTEND: 0.0,
+        Mode.DRAFT_EXTEND_V2: 0.0,
+    }
+    assert {name: it.news for name, it in shares.executors.items()} == {"eager": 0.0, "graph": 1.0}
+    assert {name: it.news for name, it in shares.implementations.items()} == {**dict.fromkeys(NAMES, 0.0), "b": 1.0}
+    assert {it.cases for kind in (shares.modes, shares.implementations, shares.executors) for it in kind.values()} == {
+        100
+    }
