@@ -95,6 +95,7 @@ def test_drawn_cases(name: str) -> None:
         assert _assert_agrees(case, name, "eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_drawn_cases_captured(name: str) -> None:
     captured = sum(_assert_agrees(case, name, GRAPH) for case in _drawn()[: DRAWN // 2])
