@@ -42,11 +42,10 @@ class Sighting(Struct):
     symptoms: list[str] = []
 
     def __post_init__(self) -> None:
-        """Raises ``ValueError`` for what no campaign writes."""
-        modes = [*(it.split()[1:2] for it in self.symptoms), *([it.mode] for it in self.signatures if it.mode)]
-        for mode in modes:
-            if not {*mode} <= {*Mode} or not mode:
-                raise ValueError(f"{' '.join(mode)!r} is no mode")
+        """Raises ``ValueError`` for a mode that there is not."""
+        of_symptoms = (f"{it} ".split(" ")[1] for it in self.symptoms)
+        for mode in (*of_symptoms, *(it.mode for it in self.signatures if it.mode)):
+            Mode(mode)
 
 
 class Record(Struct, forbid_unknown_fields=True):

@@ -34,6 +34,8 @@ FORMS: tuple[tuple[int, IntType, int], ...] = ((16, "int64", 0), (1, "int32", 0)
 COMPILED = ((1, 0, tuple(Mode)), (2, 1, (Mode.DECODE,)), (2, 2, (Mode.DRAFT_EXTEND,)), (8, 0, (Mode.DECODE,)))
 """Numbers of steps, places in ``FORMS`` and modes: all modes and numbers of steps are among them, tables with pages and
 without, strides that are the same in all steps, as in engines, and strides that are not."""
+FEW = ((1, 0, (Mode.DECODE,)), (2, 2, (Mode.DRAFT_EXTEND,)))
+"""The two of them that are least alike."""
 forms: list[str] = []
 """Of kernels, each as it was asked for first."""
 compiles = [True]
@@ -144,22 +146,23 @@ def setups(num_steps: int, count: int = 2, width: int = WIDTH) -> list[Setup]:
     ]
 
 
-def refresh_first(implementation: Implementation) -> None:
-    """In every mode, form of setup and number of steps; what ``COMPILED`` leaves out is noted."""
-    compiled = [(setups(num_steps)[form], mode) for num_steps, form, modes in COMPILED for mode in modes]
+def refresh_first(implementation: Implementation, few: bool) -> None:
+    """In every mode, form of setup and number of steps; what ``COMPILED``, or ``FEW``, leaves out is noted."""
+    chosen = FEW if few else COMPILED
+    compiled = [(setups(num_steps)[form], mode) for num_steps, form, modes in chosen for mode in modes]
     noted = [(setup, mode) for num_steps in STEPS for setup in setups(num_steps) for mode in Mode]
     for compiles[0], those in ((True, compiled), (False, noted)):
         for setup, mode in those:
             refresh(implementation, setup, mode, (9, 5))
 
 
-def main(name: str) -> None:
+def main(name: str, few: bool) -> None:
     """Refresh, then again with other batch sizes, lengths and row strides."""
     triton.runtime.driver.set_active(AbsentGpu())
     JITFunction.run = launch
     JITFunction._do_compile = note
     implementation = find(name)
-    refresh_first(implementation)
+    refresh_first(implementation, few)
     first = len(forms)
     if not first:
         sys.exit(f"{name} launched nothing")
@@ -174,4 +177,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], few="few" in sys.argv[2:])

@@ -13,19 +13,21 @@ SCRIPT = Path(__file__).with_name("compile_launches.py")
 
 
 @pytest.mark.parametrize(
-    "name",
+    "arguments",
     [
-        "triton-fused",
-        pytest.param("triton-inplace", marks=pytest.mark.slow),
-        pytest.param("precomputed-batched-copy", marks=pytest.mark.slow),
-        "onepass",
+        ["triton-fused"],
+        pytest.param(["triton-inplace"], marks=pytest.mark.slow),
+        pytest.param(["precomputed-batched-copy"], marks=pytest.mark.slow),
+        ["onepass", "few"],
+        pytest.param(["onepass"], marks=pytest.mark.slow),
     ],
+    ids="-".join,
 )
-def test_every_launch_compiles_once_for_a_gpu_that_is_not_there(name: str, tmp_path: Path) -> None:
+def test_every_launch_compiles_once_for_a_gpu_that_is_not_there(arguments: list[str], tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-P", str(SCRIPT), name],
+        [sys.executable, "-P", str(SCRIPT), *arguments],
         capture_output=True,
         text=True,
         env=environment,

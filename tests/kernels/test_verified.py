@@ -153,7 +153,7 @@ def _draw_replay(rng: random.Random, setup: Setup) -> Replay:
     )
 
 
-@pytest.mark.parametrize("executor", ["eager", GRAPH])
+@pytest.mark.parametrize("executor", ["eager", pytest.param(GRAPH, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_cases_drawn_at_random(name: str, executor: str) -> None:
     rng = random.Random(20)

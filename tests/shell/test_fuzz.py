@@ -333,7 +333,7 @@ def wait_for_slices(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "workers"), [(signal.SIGINT, "2"), pytest.param(signal.SIGTERM, "1", marks=pytest.mark.slow)]
+    ("number", "workers"), [(signal.SIGINT, "1"), pytest.param(signal.SIGTERM, "2", marks=pytest.mark.slow)]
 )
 def test_a_signal_ends_it_with_what_it_has(number: signal.Signals, workers: str) -> None:
     process = start(*twice(1, 1), "-w", workers)

@@ -113,7 +113,7 @@ def _killed(folder: Path, line: str, later_s: float, everybody: bool, choose: ra
     return said.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("number", [*range(3), *(pytest.param(it, marks=pytest.mark.slow) for it in range(3, KILLS))])
+@pytest.mark.parametrize("number", [pytest.param(it, marks=[] if it == 2 else pytest.mark.slow) for it in range(KILLS)])
 def test_nothing_that_was_reported_is_lost(folder: Path, number: int) -> None:
     (folder / "mine.py").write_text(MINE)
     choose = random.Random(number)

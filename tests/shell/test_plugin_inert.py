@@ -25,6 +25,7 @@ def pytest_sessionfinish(session):
 """A conftest that writes down what each process has imported, and its environment, when its session ends."""
 FAILING = "import pytest\n\ndef test_that_fails():\n    assert {'a': 1} == {'a': 2}\n"
 PASSING = "import warnings\n\ndef test_one():\n    warnings.warn('mine')\n\ndef test_two():\n    pass\n"
+SLOW = pytest.mark.slow
 HEAVY = (
     *("torch", "triton", "hypothesis", "numpy", "rich", "pynvml"),
     *("nsa_verify.shell.gpus", "nsa_verify.engine", "nsa_verify.device"),
@@ -188,11 +189,11 @@ HOOK = "\ndef pytest_xdist_auto_num_workers(config):\n    return 3\n"
         (CORPUS, {}, "", 5),
         (CORPUS, {"CUDA_VISIBLE_DEVICES": "1"}, "", 4),
         ((*CORPUS, "--nsa-workers", "2"), {"NSA_VERIFY_WORKERS": "3"}, HOOK, 2),
-        ((*CORPUS, "--nsa-workers", "auto"), {"NSA_VERIFY_WORKERS": "3"}, "", 5),
+        pytest.param((*CORPUS, "--nsa-workers", "auto"), {"NSA_VERIFY_WORKERS": "3"}, "", 5, marks=SLOW),
         ((), {"NSA_VERIFY_CORPUS": "corpus", "NSA_VERIFY_WORKERS": "2"}, "", 2),
-        ((*CORPUS, "--nsa-workers", "2"), {"PYTEST_XDIST_AUTO_NUM_WORKERS": "1"}, "", 1),
+        pytest.param((*CORPUS, "--nsa-workers", "2"), {"PYTEST_XDIST_AUTO_NUM_WORKERS": "1"}, "", 1, marks=SLOW),
         (CORPUS, {}, HOOK, 3),
-        ((*CORPUS, "--nsa-device", "cpu"), {}, HOOK, 3),
+        pytest.param((*CORPUS, "--nsa-device", "cpu"), {}, HOOK, 3, marks=SLOW),
     ],
 )
 def test_what_auto_means(

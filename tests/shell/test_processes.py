@@ -130,7 +130,7 @@ def _check_interrupted(running: Running, ended: tuple[int, str, str, float]) -> 
     assert entry.finding.implementation == "short-top-k"
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_ctrl_c_while_cases_are_drawn(folder: Path, start: type[Running], workers: str) -> None:
     written(folder)
     running = start(*LONG, "-w", workers)

@@ -185,6 +185,8 @@ SLOW = {
     "a smaller batch in the same bucket",
     "the_first_left",
     "one_joined",
+    "verify, draft-extend, decode",
+    "idle between",
 }
 """They take longest, three replays and batches that go on; shorter sequences are left."""
 
