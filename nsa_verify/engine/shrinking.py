@@ -150,23 +150,29 @@ def _symptoms_elsewhere(
     shows there is another bug. A mode that cannot be captured is called eagerly, if that is how the ``case`` shows it
     as well, and if the plan has that executor."""
     name, is_deadly = finding.implementation, finding.code in DEATHS
-    has_eager = finding.executor != EAGER and EAGER in (*keeper.hello().executors, *plan.besides)
-    eagerly: Collection[str] | None = None
-    found: dict[str, None] = {}
+    found: list[str] = []
+    uncaptured: list[Case] = []
     for mode in Mode:
         for moved in transferred(case, finding.mode, mode) if mode is not finding.mode else ():
             if stopping():
-                break
-            verdict, known = keeper.judge_whatever(moved, (name, finding.executor), is_deadly), symptoms
-            if has_eager and not verdict.findings and mode not in verdict.modes:
-                if eagerly is None:
-                    called = keeper.judge_whatever(case, (name, EAGER), is_deadly)
-                    eagerly = {it.symptom for it in called.findings}
-                known = [it for it in symptoms if it in eagerly] if finding.symptom in eagerly else []
-                verdict = keeper.judge_whatever(moved, (name, EAGER), is_deadly) if known else verdict
-            shown = [it for it in verdict.findings if symptom_of(it.code, finding.mode, it.place) in known]
-            found |= dict.fromkeys(it.symptom for it in shown)
-    return list(found)
+                return found
+            verdict = keeper.judge_whatever(moved, (name, finding.executor), is_deadly)
+            found += _shown_of(verdict, finding.mode, symptoms)
+            if not verdict.findings and mode not in verdict.modes:
+                uncaptured.append(moved)
+    if not uncaptured or finding.executor == EAGER or EAGER not in (*keeper.hello().executors, *plan.besides):
+        return found
+    known = {it.symptom for it in keeper.judge_whatever(case, (name, EAGER), is_deadly).findings} & {*symptoms}
+    for moved in uncaptured if finding.symptom in known else ():
+        if stopping():
+            break
+        found += _shown_of(keeper.judge_whatever(moved, (name, EAGER), is_deadly), finding.mode, known)
+    return found
+
+
+def _shown_of(verdict: Verdict, mode: Mode, symptoms: Collection[str]) -> list[str]:
+    """What ``verdict`` shows, of what would be one of ``symptoms`` in ``mode``."""
+    return [it.symptom for it in verdict.findings if symptom_of(it.code, mode, it.place) in symptoms]
 
 
 def pictures_of(plan: Plan, case: Case, signature: Signature) -> tuple[Picture, ...]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from click.testing import CliRunner, Result
 
@@ -19,6 +23,7 @@ from nsa_verify.engine.plan import Plan
 from nsa_verify.kernels import BACKEND_ROWS, BUILTIN_MODULES
 from nsa_verify.shell.cli import cli
 
+PROGRAM = shutil.which("nsa-verify", path=sysconfig.get_path("scripts")) or "nsa-verify"
 DECODE = """
 import torch
 from nsa_verify import Mode, implementation
@@ -38,6 +43,20 @@ def refresh(inputs, steps, setup):
             step.real_page_table.copy_(slots[:, :: setup.page_size] // setup.page_size)
 """
 """An implementation of DECODE; its minimum with the top-k is ``too_low``."""
+
+
+def started(
+    *arguments: str, stdout: int | IO[str] = subprocess.PIPE, stderr: int = subprocess.PIPE
+) -> subprocess.Popen[str]:
+    """A command in a process group of its own, which hears a signal together with its workers; it tells at once."""
+    return subprocess.Popen(
+        [PROGRAM, *arguments],
+        stdout=stdout,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
 
 
 def written(folder: Path, name: str = "short-top-k", too_low: int = 1, file: str = "mine.py") -> Path:

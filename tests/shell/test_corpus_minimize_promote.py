@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from engine.corpora import content, entry_of, saved
-from shell.commands import invoke, refused, written
-from shell.test_processes import PROGRAM
+from shell.commands import invoke, refused, started, written
 
 from nsa_verify.engine.corpus import Kind, load, scan
 
@@ -168,15 +166,7 @@ def test_ctrl_c(folder: Path, command: str) -> None:
     mine = written(folder, too_low=int(command == "minimize"))
     slow = mine.read_text().replace("import torch", "import time, torch")
     mine.write_text(slow.replace("    for step", "    time.sleep(0.02)\n    for step", 1))
-    arguments = [PROGRAM, "corpus", command, *MINE, "-w", "1"]
-    with subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    ) as process:
+    with started("corpus", command, *MINE, "-w", "1") as process:
         assert process.stdout is not None
         first = [process.stdout.readline(), process.stdout.readline()]
         time.sleep(0.2)

@@ -17,8 +17,7 @@ from click.testing import Result
 from conftest import NO_GPU
 from filelock import FileLock
 from msgspec.structs import replace
-from shell.commands import invoke, refused, saved, written
-from shell.test_processes import PROGRAM
+from shell.commands import invoke, refused, saved, started, written
 
 from nsa_verify.core.case import Mode
 from nsa_verify.engine.corpus import Kind, load, save, scan
@@ -311,15 +310,8 @@ def test_one_campaign_at_a_time() -> None:
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [PROGRAM, "fuzz", "--max-time", "5m", "--slice", "3s", "--seed", "5", "--executor", "eager", *arguments]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
+    common = ("--max-time", "5m", "--slice", "3s", "--seed", "5", "--executor", "eager")
+    return started("fuzz", *common, *arguments, stderr=subprocess.STDOUT)
 
 
 def wait_for_slices(count: int) -> None:

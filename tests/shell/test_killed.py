@@ -14,13 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from shell.commands import invoke, saved, written
-from shell.test_processes import PROGRAM
+from shell.commands import PROGRAM, invoke, saved, started, written
 
 from nsa_verify.engine.corpus import load, scan
 from nsa_verify.engine.inflight import FOLDER
 
-KILLS = int(os.environ.get("NSA_VERIFY_TEST_KILLS", "4"))
+KILLS = int(os.environ.get("NSA_VERIFY_TEST_KILLS", "6"))
 """How many random moments are tried; a person who changes this part tries 50."""
 MOMENTS = (("", 2.0), ("seen ", 0.5), ("shrinking ", 1.5))
 """Behind a line that begins so, and at most how many seconds later: it starts, it has drawn something, it shrinks."""
@@ -87,13 +86,7 @@ def _killed(folder: Path, line: str, later_s: float, everybody: bool, choose: ra
     """What a run said that was killed, or lost a process, ``later_s`` after it had said such a line."""
     said = folder / "said"
     with open(said, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            [PROGRAM, *RUN, *EAGER, "-w", "2", "-n", "30", "--seed", "5"],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        )
+        process = started(*RUN, *EAGER, "-w", "2", "-n", "30", "--seed", "5", stdout=file, stderr=subprocess.STDOUT)
     try:
         _wait_until(lambda: f"\n{line}" in f"\n{said.read_text(encoding='utf-8')}", f"it has not said {line!r}")
         time.sleep(later_s)

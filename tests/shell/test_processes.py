@@ -6,10 +6,8 @@ import json
 import os
 import pty
 import re
-import shutil
 import signal
 import subprocess
-import sysconfig
 import time
 from collections.abc import Iterator
 from io import StringIO
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from shell.commands import invoke, saved, written
+from shell.commands import PROGRAM, invoke, saved, written
 
 from nsa_verify import Mode
 from nsa_verify.engine.corpus import load, scan
@@ -25,7 +23,6 @@ from nsa_verify.engine.events import Cell, Matrix, Subject
 from nsa_verify.shell.render import matrix_rows
 from nsa_verify.shell.reporter import print_matrix
 
-PROGRAM = shutil.which("nsa-verify", path=sysconfig.get_path("scripts")) or "nsa-verify"
 PROMPT_S = 10.0
 """At most this long after Ctrl-C, also on a machine that is busy; an idle one takes less than 3 seconds."""
 EAGER = ("--executor", "eager")

@@ -105,6 +105,10 @@ EXPECTED = {
         lined_up(3, lambda a, b, c: len(a) > len(b) == 0 < len(c)),
         Case(setup(), (replay(1), replay(), replay(1))),
     ),
+    "big, small, big": (
+        lined_up(3, lambda a, b, c: len(a) > len(b) > 0 and len(b) < len(c)),
+        Case(setup(buckets=(2,)), (replay(1, 1), replay(1), replay(1, 1))),
+    ),
     "a bucket and back": (
         lambda case: any(
             case.bucket(index) == case.bucket(index + 2) != case.bucket(index + 1)
@@ -179,6 +183,7 @@ SEEDED = {"a bucket and back": 2, "a smaller batch in the same bucket": 6, "the_
 
 
 SLOW = {
+    "big, small, big",
     "a bucket and back",
     "a pool row reused",
     "eight replays",
