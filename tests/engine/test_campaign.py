@@ -42,7 +42,7 @@ def asked(folder: Path, condition: str, name: str = "wrong", capturable: object 
     path = folder / f"{name}.py"
     path.write_text(WRONG.format(name=name, condition=condition, capturable=capturable), encoding="utf-8")
     plan = Plan(references=(str(path),), only=(name,), executors=("eager",), seed=3, isolate=False)
-    return replace(Ask(kind=BATCH, plan=plan, root=folder / "corpus", budget_s=0.5, version="1", command=""), **more)
+    return replace(Ask(kind=BATCH, plan=plan, root=folder / "corpus", budget_s=1, version="1", command=""), **more)
 
 
 def run(ask: Ask) -> tuple[CampaignFinished, list[Event]]:
@@ -120,7 +120,7 @@ ACCEPTS = Accepted(
 
 def broken(folder: Path, *faults: str, **more: Any) -> Ask:
     """A campaign over an implementation with these faults, in whatever has a request."""
-    ask = asked(folder, "inputs.batch_size", **more)
+    ask = asked(folder, "inputs.batch_size", budget_s=0.5, **more)
     (path,) = map(Path, ask.plan.references)
     path.write_text(path.read_text().replace("steps[0].page_table_1[:1, :1].add_(1)", "; ".join(faults) or "pass"))
     return replace(ask, plan=replace(ask.plan, modes=(Mode.DECODE,)))
@@ -184,7 +184,7 @@ def test_cases_kept_as_they_were_drawn_become_one_group_once_they_are_shrunk(tmp
 
 def test_a_saved_case_that_fails_for_another_is_red(tmp_path: Path) -> None:
     """It disagrees on what was saved for somebody else, which no search finds in time."""
-    ask = asked(tmp_path, "setup.pool_width == 777", budget_s=0.5)
+    ask = asked(tmp_path, "setup.pool_width == 777", budget_s=1)
     entry = entry_of(8)
     setup = replace(entry.case.setup, pool_width=777, pool_row_stride=777)
     saved(ask.root, replace(entry, case=replace(entry.case, setup=setup)))
@@ -196,7 +196,7 @@ def test_a_saved_case_that_fails_for_another_is_red(tmp_path: Path) -> None:
 
 
 def test_what_nobody_judged_is_not_green(tmp_path: Path) -> None:
-    ask = asked(tmp_path, "True", capturable=False, budget_s=0.5)
+    ask = asked(tmp_path, "True", capturable=False, budget_s=1)
     ended, _ = run(replace(ask, plan=replace(ask.plan, executors=(graph_executor(),))))
     assert (ended.exit_code, ended.problems) == (
         2,
@@ -205,7 +205,7 @@ def test_what_nobody_judged_is_not_green(tmp_path: Path) -> None:
 
 
 def test_saved_cases_take_no_time_from_the_search_and_those_that_cannot_run_are_said(tmp_path: Path) -> None:
-    ask = asked(tmp_path, "False", budget_s=0.5)
+    ask = asked(tmp_path, "False", budget_s=1)
     (path,) = saved(ask.root, entry_of(8, implementation="gone"), kind=Kind.REGRESSION)
     ask = replace(ask, plan=replace(ask.plan, only=(), modes=(Mode.DECODE,)))
     ended, told = run(ask)
@@ -237,7 +237,7 @@ def test_the_day_it_was_first_seen_stays_when_its_case_becomes_smaller(tmp_path:
 
 
 def test_a_finding_of_a_killed_run_that_cannot_be_read_is_not_green(tmp_path: Path) -> None:
-    ask = asked(tmp_path, "False", budget_s=0.5)
+    ask = asked(tmp_path, "False", budget_s=1)
     left = ask.root / FOLDER / "123-abcd"
     left.mkdir(parents=True)
     (left / "reported.json").write_bytes(b"\xff\xfe")
