@@ -174,7 +174,8 @@ def test_a_case_that_shows_another_bug_now_does_not_stand_for_it(tmp_path: Path)
 def test_cases_kept_as_they_were_drawn_become_one_group_once_they_are_shrunk(tmp_path: Path) -> None:
     ask = asked(tmp_path, ALL_MODES)
     ask = replace(ask, plan=replace(ask.plan, modes=(Mode.DECODE, Mode.TARGET_VERIFY)))
-    run(replace(ask, plan=replace(ask.plan, shrink=False)))
+    drawn = replace(ask, plan=replace(ask.plan, shrink=False))
+    run_until(drawn, (Mode.DECODE,), (Mode.TARGET_VERIFY,))
     assert len(list(scan(ask.root / Kind.CRASHING))) == 2
     ended = run_until(ask, (Mode.DECODE, Mode.TARGET_VERIFY))
     (path,) = scan(ask.root / Kind.CRASHING)
